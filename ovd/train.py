@@ -86,8 +86,8 @@ def _train(
 ) -> None:
     """Build, train, export."""
     from pretrain.engine.distributed import is_main
-    from pretrain.engine.folder import exported_folder
     from pretrain.engine.loop import fit
+    from pretrain.engine.run_folder import exported_folder
 
     parts = build(config)
     out = Path(config.out)

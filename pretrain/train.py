@@ -38,8 +38,8 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
     require_stages(cfg)
 
     from pretrain.engine import distributed
-    from pretrain.engine.folder import exported_folder
     from pretrain.engine.loop import fit
+    from pretrain.engine.run_folder import exported_folder
 
     warning = smaller_comparison(cfg)
     if warning and distributed.is_main():
@@ -76,7 +76,7 @@ def build_parts(cfg: PretrainConfig, *, methods: Methods, data: Builders) -> Pre
         from pretrain.training.self_supervised import build_self_supervised
 
         return build_self_supervised(cfg, methods=methods, data=data)
-    from pretrain.training.encoders import build_clip, build_text_distillation
+    from pretrain.training.image_text_encoder import build_clip, build_text_distillation
 
     if isinstance(cfg.method, ClipMethod):
         return build_clip(cfg, cfg.method)

@@ -245,6 +245,15 @@ def test_test_names__are_subject_and_behaviour(file: str) -> None:
     assert [name for name in names if name.startswith("test_") and "__" not in name] == []
 
 
+def test_source__no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in PRODUCT:
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(file)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 @pytest.mark.parametrize("file", PRODUCT)
 def test_source__files_are_short(file: str) -> None:
     assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= 450

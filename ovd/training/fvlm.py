@@ -195,7 +195,7 @@ def _from_cache(
     """`compute`, or the rows of a cache, which is filled first."""
     import numpy as np
 
-    from ovd.data.features import FeatureCache, Readable, files_of
+    from ovd.data.cached_features import FeatureCache, Readable, files_of
 
     if config.cache is None:
         return compute

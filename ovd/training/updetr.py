@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.config_detr import DetrTrainConfig, PretextConfig
-from ovd.data.features import CachedPatches, Readable
+from ovd.data.cached_features import CachedPatches, Readable
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
 from ovd.data.samples import PatchSample

@@ -30,7 +30,7 @@ from pretrain.engine.errors import UserError
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.base import SelfSupervised, width_of
 from pretrain.methods.byol import BYOL
-from pretrain.methods.memory import refuse_too_wide
+from pretrain.methods.head_memory import refuse_too_wide
 from pretrain.methods.moco import MoCo
 from pretrain.methods.simclr import SimCLR
 from pretrain.methods.simsiam import SimSiam

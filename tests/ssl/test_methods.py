@@ -22,7 +22,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.loop import Stopped
 from pretrain.engine.optim import build_optimizer, set_lr
 from pretrain.health import Monitored
-from pretrain.methods import memory as methods_memory
+from pretrain.methods import head_memory
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.build import build_method, method_optim
 from pretrain.methods.simclr import SimCLR
@@ -222,7 +222,7 @@ def test_method_config__mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPa
         build_method(section("simclr"), batch_size=1, device=CPU)
     with pytest.raises(ValueError, match="two are compared, not 3"):
         section("simclr", views=[{"size": 8, "count": 3}])
-    monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(head_memory, "free_memory", lambda device: 1e6)
     with pytest.raises(UserError, match=r"\(8192, 8192, 8192\) need about 1\.\d GiB .* 0\.8 GiB for the correlation"):
         built("barlow_twins", dims=(8192, 8192, 8192))
 
@@ -248,7 +248,7 @@ def test_moco__check_samples_make_equal_groups_of_two_or_more(groups: int, sampl
 def test_memory_check__heads_and_queues_too_large_are_refused_with_their_size(
     name: str, sizes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e8)
+    monkeypatch.setattr(head_memory, "free_memory", lambda device: 1e8)
     with pytest.raises(UserError, match=rf"{said}.* need about \d+\.\d GiB .* 0\.1 GiB are free"):
         built(name, **sizes)
 

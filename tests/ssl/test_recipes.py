@@ -16,7 +16,7 @@ from pretrain.config import PretrainConfig
 from pretrain.engine.config import OptimConfig, load_config
 from pretrain.engine.optim import build_optimizer
 from pretrain.methods import build as methods_build
-from pretrain.methods import memory as methods_memory
+from pretrain.methods import head_memory
 from pretrain.methods.build import build_method
 from pretrain.nets.heads import mlp
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, standardised
@@ -82,7 +82,7 @@ def described(head: nn.Module) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_heads__are_the_papers_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e15)
+    monkeypatch.setattr(head_memory, "free_memory", lambda device: 1e15)
     cfg = load_config(PretrainConfig, PAPER / f"{name}.yaml")
     with torch.device("meta"):
         task = build_method(cfg.method, batch_size=cfg.loop.batch_size, device=torch.device("cpu"))  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_weight_standardisation__mean_0_and_variance_1_per_output_unit() -> None
 def test_sync_batch_norm__is_used_on_several_gpus_but_not_by_moco(name: str) -> None:
     with (
         mock.patch.object(methods_build, "world_size", lambda: 2),
-        mock.patch.object(methods_memory, "free_memory", lambda device: 1e15),
+        mock.patch.object(head_memory, "free_memory", lambda device: 1e15),
     ):
         task = build_method(section(name), batch_size=8, device=torch.device("cuda"))
     norms = [m for m in task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

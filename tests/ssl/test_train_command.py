@@ -23,7 +23,7 @@ from pretrain.engine.config import load_config
 from pretrain.methods.clip import Clip
 from pretrain.nets.backbones import load_backbone
 from pretrain.nets.towers import build_encoder
-from pretrain.training.encoders import build_caption_clip, build_clip_encoder
+from pretrain.training.image_text_encoder import build_caption_clip, build_clip_encoder
 from pretrain.training.parts import PretrainingParts
 from pretrain.training.self_supervised import build_self_supervised
 from tests.ssl.ssl_cases import METHODS

@@ -14,18 +14,18 @@ import torch
 
 from ovd.config import TrainConfig
 from pretrain.config import PretrainConfig
-from pretrain.engine import folder
+from pretrain.engine import run_folder
 from pretrain.engine.checkpoint import load_weights, newest
 from pretrain.engine.config import changed_keys, keys_at_default, load_config, plain
 from pretrain.engine.errors import ConfigError, UserError
-from pretrain.engine.folder import FolderLock, exported_folder, find_start, prepare
+from pretrain.engine.run_folder import FolderLock, exported_folder, find_start, prepare
 from tests.engine.processes import REPOSITORY
 from tests.engine.toy import Mean, Numbers, train
 
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.engine.folder import FolderLock
+from pretrain.engine.run_folder import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 assert lock.take() is None
 print("held", flush=True)
@@ -149,12 +149,12 @@ def test_overwrite__a_training_that_ended_while_another_began_is_kept(
     """The folder is looked at again when it is locked: the second training saw an empty one."""
 
     def late(out: Path) -> AbstractContextManager[str | None]:
-        monkeypatch.setattr(folder, "locked", locked)
+        monkeypatch.setattr(run_folder, "locked", locked)
         train(Mean(), tmp_path / "run", Numbers(dtype=torch.float64), steps=4)
         return locked(out)
 
-    locked = folder.locked
-    monkeypatch.setattr(folder, "locked", late)
+    locked = run_folder.locked
+    monkeypatch.setattr(run_folder, "locked", late)
     with pytest.raises(UserError, match="is not empty; give --resume"):
         train(Mean(), tmp_path / "run", Numbers(dtype=torch.float64), steps=2)
     latest = newest(tmp_path / "run/checkpoints", warn=print)
