@@ -51,8 +51,13 @@ def for_check(config: FvlmTrainConfig) -> FvlmTrainConfig:
     return config.model_copy(update={"cache": None})
 
 
-def build(config: FvlmTrainConfig) -> FvlmParts:
-    """Everything a training needs, before the first step; features that are not cached yet are computed first."""
+def build(config: FvlmTrainConfig, *, check: bool = False) -> FvlmParts:
+    """Everything a training needs, before the first step; features that are not cached yet are computed first.
+
+    Args:
+        config: of the training.
+        check: for ``--check``: cache nothing.
+    """
     import torch
 
     from ovd.data.pooled import OfflineRegions, PooledSource
@@ -65,6 +70,8 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     from ovd.weights import detector_folder
     from pretrain.engine.distributed import seed_everything
 
+    if check:
+        config = for_check(config)
     seed_everything(config.loop.seed)
     photos = read_photos(config.data)
     for notice in photos.notices:

@@ -52,6 +52,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    def unread_keys(self) -> tuple[str, ...]:
+        """Keys that a run of this configuration does not read, whatever they name."""
+        return ()
+
 
 SectionT = TypeVar("SectionT", bound=Section)
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
 from pretrain.config_photos import TimmTower
 from pretrain.engine.checkpoint import save_weights
+from pretrain.engine.config import Section
 from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
@@ -307,20 +308,22 @@ class JointEncoder(nn.Module):
         return folder
 
 
+TOWERS: Mapping[type[Section], Callable[..., nn.Module]] = {
+    ResNetTower: ResNetImage,
+    ViTTower: _vision_transformer,
+    TimmTower: TimmImage,
+    CbowTower: CbowText,
+    TransformerTower: _text_transformer,
+}
+"""The tower that a section describes, by the section's class."""
+
+
 def build_encoder(config: EncoderConfig) -> JointEncoder:
     """A joint encoder with fresh weights, drawn from torch's generator."""
-    visual: nn.Module | None = None
-    text: nn.Module | None = None
-    if isinstance(config.image, ResNetTower):
-        visual = ResNetImage(tower=config.image, embed_dim=config.embed_dim)
-    elif isinstance(config.image, ViTTower):
-        visual = _vision_transformer(tower=config.image, embed_dim=config.embed_dim)
-    elif isinstance(config.image, TimmTower):
-        visual = TimmImage(tower=config.image, embed_dim=config.embed_dim)
-    if isinstance(config.text, CbowTower):
-        text = CbowText(tower=config.text, embed_dim=config.embed_dim)
-    elif isinstance(config.text, TransformerTower):
-        text = _text_transformer(tower=config.text, embed_dim=config.embed_dim)
+    visual, text = (
+        None if tower is None else TOWERS[type(tower)](tower=tower, embed_dim=config.embed_dim)
+        for tower in (config.image, config.text)
+    )
     if text is not None and config.text_projection:
         text = ProjectedText(text, config.embed_dim)
     return JointEncoder(
