@@ -17,17 +17,17 @@ from _common import milliseconds, parser, ratio, report, set_threads, show_ratio
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ovd.modeling.detr.matcher import Assignment
+    from ovd.modeling.detr.matcher import QueryAssignment
 
 
 def plain_match(
     cost: Tensor, counts: Sequence[int], *, query_group_Q: Tensor | None = None, target_group_NT: Tensor | None = None
-) -> Assignment:
+) -> QueryAssignment:
     """One transfer and one assignment per layer and image; groups by forbidding pairs."""
     import torch
     from scipy.optimize import linear_sum_assignment
 
-    from ovd.modeling.detr.matcher import Assignment
+    from ovd.modeling.detr.matcher import QueryAssignment
 
     rows = []
     for layer in range(cost.shape[0]):
@@ -37,7 +37,7 @@ def plain_match(
                 block = block.masked_fill(query_group_Q[:, None] != target_group_NT[image, None, :count], 1e5)
             queries, targets = linear_sum_assignment(block.cpu().numpy())
             rows += sorted(((layer, image, q, t) for q, t in zip(queries, targets, strict=True)), key=lambda r: r[3])
-    return Assignment(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.unbind(0))
+    return QueryAssignment(*torch.tensor(rows, dtype=torch.int64).reshape(-1, 4).T.unbind(0))
 
 
 def main() -> None:

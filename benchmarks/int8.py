@@ -73,9 +73,9 @@ def evaluated(folder: Path, data: str) -> dict[str, float]:
     """AP of an export, in per cent."""
     from ovd.evaluation.coco import evaluate
     from ovd.evaluation.model import run_model
-    from ovd.evaluation.options import Options
+    from ovd.evaluation.options import EvaluationOptions
 
-    run = run_model(Options.parse(["--weights", str(folder), "--data", data]), on_image=lambda done, of: None)
+    run = run_model(EvaluationOptions.parse(["--weights", str(folder), "--data", data]), on_image=lambda done, of: None)
     values = evaluate(run.gt, run.results, run.split, ["bbox"]).values
     names = ("AP", "AP50", "APs", "APm", "APl")
     return {name: round(100 * values[f"bbox/{name}"], 2) for name in names}

@@ -26,9 +26,8 @@ def main() -> None:
     import torch
     from torchvision.ops import box_iou
 
-    from ovd.config_detr import DetrTrainConfig
+    from ovd.config_detr import DetrTrainConfig, Sampler
     from ovd.data.catalog import LabelledImages, StickerImages
-    from ovd.data.patches import Sampler
     from ovd.training.inputs import labelled_images
     from ovd.training.updetr import patch_source
     from pretrain.data.stickers import Stickers

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ovd.data.photo_words import PhotoWords
+from ovd.data.photo_words import PhotoLabels
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation import coco
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if data.annotations is None or data.images is None:
         raise UserError(f"--data {args.data}: expected coco:IMAGES:ANNOTATIONS.json")
     detector = Detector.load(args.weights, cache_size=1000)
-    photos = PhotoWords(
+    photos = PhotoLabels(
         folder=data.images,
         annotations=[data.annotations],
         labels=None,

@@ -132,7 +132,7 @@ def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene
     """Calibration of crops: the words' fit, with one crop of another style for each word.
 
     Returns:
-        The values in the plain fields, for `Calibration.with_examples`.
+        the values in the plain fields, for `Calibration.with_examples`.
     """
     import numpy as np
 

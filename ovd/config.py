@@ -263,6 +263,10 @@ class TrainConfig(TrainingConfig):
         """Whether the variant reads the store of `regions`."""
         return self.model.variant in ("image", "vild", "ensemble")
 
+    def unread_keys(self) -> tuple[str, ...]:
+        """The store, where nothing is distilled from it."""
+        return () if self.distils else ("regions",)
+
     @model_validator(mode="after")
     def _regions(self) -> TrainConfig:
         if self.distils and self.regions is None:

@@ -120,10 +120,13 @@ class DetrConfig(Section):
         return self
 
 
+Sampler = Literal["official", "log_uniform", "prior"]
+
+
 class PatchConfig(Section):
     """Random query patches."""
 
-    sampler: Literal["official", "log_uniform", "prior"] = Field(
+    sampler: Sampler = Field(
         "log_uniform",
         description="official: uniform sides; log_uniform: even over scales; prior: likely objects (selective search)",
     )

@@ -251,7 +251,7 @@ class Detections:
             masks: fill the masks, where there are any.
 
         Returns:
-            An upright RGB picture: ``.save("found.jpg")`` and ``.show()`` are Pillow's, and notebooks display it.
+            an upright RGB picture: ``.save("found.jpg")`` and ``.show()`` are Pillow's, and notebooks display it.
 
         Raises:
             UserError: a picture of another size.

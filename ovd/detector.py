@@ -327,7 +327,7 @@ class Detector:
             classes: ``["dog", "mug: cup, coffee mug", "-poster"]``, a string in the same grammar, or a `Vocabulary`.
 
         Returns:
-            The vocabulary, with ``notices`` about merged duplicates.
+            the vocabulary, with ``notices`` about merged duplicates.
         """
         vocabulary = self.resolve(classes)
         with self._lock:

@@ -161,7 +161,7 @@ def check_detectron2(
     """Where Detectron2 came from, and whether it imports.
 
     Args:
-        probe: Code that prints the version; it runs in another process, so a crash in it ends up in the report.
+        probe: code that prints the version; it runs in another process, so a crash in it ends up in the report.
     """
     build = f"`{Path(sys.executable)} scripts/build_detectron2.py`"
     spec = importlib.util.find_spec("detectron2")

@@ -37,20 +37,20 @@ class PicturesConfig(Section):
 
     kind: Literal["stickers", "coco", "yolo", "voc", "auto", "folder"] = Field(
         "stickers",
-        description="Sticker Scenes, photos with labels (auto: in whatever form they are), or a folder of photos.",
+        description="Sticker Scenes, photos with labels (auto: in whatever form they are), or a folder of photos",
     )
-    split: Literal["train", "val"] = Field("train", description="Styles and photos the scenes are made of (stickers).")
-    seed: int = Field(0, ge=0, description="Seed of the scenes (stickers).")
-    length: int = Field(4000, ge=1, description="How many scenes (stickers); a training may use fewer.")
-    size: int = Field(256, ge=64, le=2048, description="Side of a scene in pixels (stickers).")
-    extra_styles: bool = Field(False, description="Scenes in the further training styles too (stickers).")
-    images: str | None = Field(None, description="Folder of pictures (coco, folder; else looked for).")
+    split: Literal["train", "val"] = Field("train", description="styles and photos the scenes are made of (stickers)")
+    seed: int = Field(0, ge=0, description="seed of the scenes (stickers)")
+    length: int = Field(4000, ge=1, description="how many scenes (stickers); a training may use fewer")
+    size: int = Field(256, ge=64, le=2048, description="side of a scene in pixels (stickers)")
+    extra_styles: bool = Field(False, description="scenes in the further training styles too (stickers)")
+    images: str | None = Field(None, description="folder of pictures (coco, folder; else looked for)")
     annotations: str | None = Field(
-        None, description="COCO annotation file, YOLO's data.yaml, or the folder of a data set (not stickers, folder)."
+        None, description="COCO annotation file, YOLO's data.yaml, or the folder of a data set (not stickers, folder)"
     )
     part: str | None = Field(
         None,
-        description="Part of a data set: train, val, …; null: train, where it has one (coco: all).",
+        description="part of a data set: train, val, …; null: train, where it has one (coco: all)",
         json_schema_extra=LATER,
     )
 
@@ -70,17 +70,17 @@ class CropsConfig(Section):
         (1.0, 1.5),
         min_length=1,
         max_length=4,
-        description="One crop per scale of the box; embeddings are summed (ViLD: 1, 1.5).",
+        description="one crop per scale of the box; embeddings are summed (ViLD: 1, 1.5)",
     )
     mode: Literal["squash", "center", "pad"] = Field(
         "squash",
-        description="Long boxes: stretched to a square, cut to the central square (CLIP's own way), or padded.",
+        description="long boxes: stretched to a square, cut to the central square (CLIP's own way), or padded",
     )
     border: Literal["clamp", "fill"] = Field(
-        "clamp", description="Beyond the picture: cut the box at the border, or show the encoder's mean colour."
+        "clamp", description="beyond the picture: cut the box at the border, or show the encoder's mean colour"
     )
-    resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="Antialiased filter.")
-    normalise_each: bool = Field(False, description="Normalise each crop's embedding before the sum too.")
+    resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="antialiased filter")
+    normalise_each: bool = Field(False, description="normalise each crop's embedding before the sum too")
 
     @model_validator(mode="after")
     def _positive(self) -> CropsConfig:
@@ -93,35 +93,31 @@ class EmbedConfig(Section):
     """``python -m ovd.embed``: offline proposals and their embeddings."""
 
     out: str = Field(
-        ..., description="Folder of the store; a store of the same settings in it is continued.", json_schema_extra=FREE
+        ..., description="folder of the store; a store of the same settings in it is continued", json_schema_extra=FREE
     )
     proposer: str = Field(
         ...,
-        description="Detector that proposes: a folder exported by ovd.train, a name under weights/, or ground-truth.",
+        description="detector that proposes: a folder exported by ovd.train, a name under weights/, or ground-truth",
     )
     encoder: str = Field(
         "clip-sticker",
-        description="Image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG.",
+        description="image-text encoder: a name under weights/, a folder, a CLIP checkpoint, or open_clip:MODEL:TAG",
     )
-    pictures: PicturesConfig = Field(PicturesConfig(), description="Which pictures.")
-    proposals_per_image: int = Field(100, ge=1, le=5000, description="Best proposals kept per picture (ViLD: 300).")
-    crops: CropsConfig = Field(CropsConfig(), description="Box to crop to embedding.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Arithmetic of the encoder.")
-    images_per_shard: int = Field(
-        128, ge=1, le=100_000, description="Pictures per shard, the unit of work and of loss."
-    )
-    batch_size: int = Field(
-        256, ge=1, le=65536, description="Crops per forward of the encoder.", json_schema_extra=FREE
-    )
-    processes: int = Field(1, ge=1, le=256, description="Local processes that share the work.", json_schema_extra=FREE)
+    pictures: PicturesConfig = Field(PicturesConfig(), description="which pictures")
+    proposals_per_image: int = Field(100, ge=1, le=5000, description="best proposals kept per picture (ViLD: 300)")
+    crops: CropsConfig = Field(CropsConfig(), description="box to crop to embedding")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the encoder")
+    images_per_shard: int = Field(128, ge=1, le=100_000, description="pictures per shard, the unit of work and of loss")
+    batch_size: int = Field(256, ge=1, le=65536, description="crops per forward of the encoder", json_schema_extra=FREE)
+    processes: int = Field(1, ge=1, le=256, description="local processes that share the work", json_schema_extra=FREE)
     threads: int | None = Field(
-        None, ge=1, le=1024, description="CPU threads per process; null: leave it to torch.", json_schema_extra=FREE
+        None, ge=1, le=1024, description="CPU threads per process; null: leave it to torch", json_schema_extra=FREE
     )
     device: str = Field(
-        "cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$", description="Where the models run.", json_schema_extra=FREE
+        "cpu", pattern=r"^(cpu|mps|cuda(:\d+)?)$", description="where the models run", json_schema_extra=FREE
     )
     lease_seconds: float = Field(
-        300.0, ge=5, description="A shard whose process was silent for this long is taken over.", json_schema_extra=FREE
+        300.0, ge=5, description="a shard whose process was silent for this long is taken over", json_schema_extra=FREE
     )
 
 

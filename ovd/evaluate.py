@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovd.evaluation.options import Options
+from ovd.evaluation.options import EvaluationOptions
 from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import read_json, require_writable, sha256_of, write_atomically
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Parse the arguments, evaluate, print the table, write the files; returns the exit status."""
-    options = Options.parse(argv)
+    options = EvaluationOptions.parse(argv)
     if options.out:
         require_writable(Path(options.out))  # now, not after the last picture
     if options.plots:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
+def evaluate_files(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
     """Evaluate anybody's results: `--annotations`, `--predictions`, `--split`."""
     from ovd.data.lvis import split_of
     from ovd.evaluation import coco, report
@@ -71,7 +71,7 @@ def evaluate_files(options: Options, argv: Sequence[str]) -> Metrics:
     return metrics
 
 
-def evaluate_model(options: Options, argv: Sequence[str]) -> Metrics:
+def evaluate_model(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
     """Run the detector of `--weights` over `--data`, write its results, evaluate them."""
     from ovd.evaluation import coco
     from ovd.evaluation.lvis import evaluate_lvis
@@ -114,7 +114,7 @@ def _ground_truth(spec: str) -> CocoJson:
     return read_spec(named, prefer=EVALUATED_PARTS).content
 
 
-def _federated(options: Options, gt: CocoJson) -> bool:
+def _federated(options: EvaluationOptions, gt: CocoJson) -> bool:
     """Whether LVIS's protocol applies: by `--protocol`, or as the file has LVIS's fields.
 
     Raises:
@@ -131,7 +131,11 @@ def _federated(options: Options, gt: CocoJson) -> bool:
 
 
 def _differences(
-    options: Options, gt: CocoJson, results: Sequence[CocoJson], compared: Sequence[CocoJson], metrics: Metrics
+    options: EvaluationOptions,
+    gt: CocoJson,
+    results: Sequence[CocoJson],
+    compared: Sequence[CocoJson],
+    metrics: Metrics,
 ) -> tuple[dict[str, Difference], str]:
     """The differences to the results of `--compare`, by group, and of what: boxes or masks."""
     from ovd.evaluation.compare import bootstrap
@@ -148,7 +152,7 @@ def _differences(
     return bootstrap(first, second, metrics.split.groups), kind
 
 
-def _draw(metrics: Metrics, options: Options, gt: CocoJson, results: Sequence[CocoJson], name: str) -> None:
+def _draw(metrics: Metrics, options: EvaluationOptions, gt: CocoJson, results: Sequence[CocoJson], name: str) -> None:
     """The pictures of ``--plots``."""
     if options.plots is None:
         return
@@ -168,7 +172,7 @@ def _show_progress(done: int, total: int) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _report(metrics: Metrics, options: Options, argv: Sequence[str], record: Mapping[str, object]) -> None:
+def _report(metrics: Metrics, options: EvaluationOptions, argv: Sequence[str], record: Mapping[str, object]) -> None:
     """Print warnings and table; write the files of `--out`."""
     from ovd.evaluation import report
 

@@ -180,7 +180,7 @@ def predict(
         overwrite: start again where another job has written.
 
     Returns:
-        One ``{"file_name", "reason"}`` per picture that could not be read.
+        one ``{"file_name", "reason"}`` per picture that could not be read.
 
     Raises:
         UserError: the folder belongs to another job, or cannot be written.

@@ -64,7 +64,7 @@ class PredictPictures:
             batch: ``path`` and ``bytes`` of each, as ``ray.data.read_binary_files`` gives them.
 
         Returns:
-            The columns ``path, class_name, score, x, y, width, height`` (pixels of the upright picture), ``mask`` (the
+            the columns ``path, class_name, score, x, y, width, height`` (pixels of the upright picture), ``mask`` (the
             counts of COCO's run-length code, or "") and ``error``: a file that is no picture has one row that says so
             there, and "" for its class.
         """

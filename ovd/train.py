@@ -56,24 +56,22 @@ PartsT = TypeVar("PartsT", bound=Parts)
 def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     config, options = command_line(TRAIN_CONFIGS, argv, prog="wordbox train", doc=__doc__ or "")
-    require_stages(config, unread=() if not isinstance(config, TrainConfig) or config.distils else ("regions",))
+    require_stages(config)
     from ovd.training import detr, finetune, fvlm, proposals, rcnn
 
-    if isinstance(config, DetrTrainConfig):
-        config = detr.for_check(config) if options.check else config
-        _train(config, options, build=detr.build, export=detr.export)
-    elif isinstance(config, ProposalTrainConfig):
-        _train(config, options, build=proposals.build, export=proposals.export)
-    elif isinstance(config, FvlmTrainConfig):
-        config = fvlm.for_check(config) if options.check else config
-        _train(config, options, build=fvlm.build, export=fvlm.export)
-    elif isinstance(config, FinetuneConfig):
-        photos = finetune.read_photos(config)
-        config = finetune.with_steps(config, photos)
-        _train(config, options, build=partial(finetune.build, photos=photos), export=finetune.export)
-    else:
-        assert isinstance(config, TrainConfig)
-        _train(config, options, build=rcnn.build, export=rcnn.export)
+    match config:
+        case TrainConfig():
+            _train(config, options, build=rcnn.build, export=rcnn.export)
+        case DetrTrainConfig():
+            _train(config, options, build=partial(detr.build, check=options.check), export=detr.export)
+        case ProposalTrainConfig():
+            _train(config, options, build=proposals.build, export=proposals.export)
+        case FvlmTrainConfig():
+            _train(config, options, build=partial(fvlm.build, check=options.check), export=fvlm.export)
+        case FinetuneConfig():
+            photos = finetune.read_photos(config)
+            config = finetune.with_steps(config, photos)
+            _train(config, options, build=partial(finetune.build, photos=photos), export=finetune.export)
     return 0
 
 
@@ -86,8 +84,8 @@ def _train(
 ) -> None:
     """Build, train, export."""
     from pretrain.engine.distributed import is_main
-    from pretrain.engine.folder import exported_folder
     from pretrain.engine.loop import fit
+    from pretrain.engine.run_folder import exported_folder
 
     parts = build(config)
     out = Path(config.out)

@@ -205,7 +205,7 @@ def predict_video(
         on_frame: called after each frame with (frames done, frames in all or None, seconds since the start).
 
     Returns:
-        Frames read.
+        frames read.
 
     Raises:
         UserError: a package is missing, or something cannot be written.

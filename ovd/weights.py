@@ -146,10 +146,10 @@ def read_manifest(root: Path | None = None) -> dict[str, Weights]:
     """Read the manifest.
 
     Args:
-        root: Folder with ``manifest.json``; None: `weights_root()`, and `added_root()` where that is another.
+        root: folder with ``manifest.json``; None: `weights_root()`, and `added_root()` where that is another.
 
     Returns:
-        The entries by name, in the manifest's order.
+        the entries by name, in the manifest's order.
 
     Raises:
         UserError: no manifest, or one that is not as described above.
@@ -243,8 +243,8 @@ def weights_folder(name: str = "default", root: Path | None = None) -> Path:
     """The verified folder of shipped weights.
 
     Args:
-        name: A name of the manifest or ``default``.
-        root: Folder with the manifest; `weights_root()` when None.
+        name: a name of the manifest or ``default``.
+        root: folder with the manifest; `weights_root()` when None.
 
     Raises:
         UserError: unknown name, or a file that is missing or is not the one that was measured.
@@ -323,9 +323,9 @@ def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:
     """Copy a folder to ``<root>/<name>`` and write its entry; an entry of that name is replaced.
 
     Args:
-        source: Folder with safetensors, JSON, YAML, text and Markdown files; ``card.md`` in it becomes the model card.
-        name: Letters, digits, ``-``, ``_`` and ``.``.
-        root: Folder with the manifest; `added_root()` when None. Both are created when absent.
+        source: folder with safetensors, JSON, YAML, text and Markdown files; ``card.md`` in it becomes the model card.
+        name: letters, digits, ``-``, ``_`` and ``.``.
+        root: folder with the manifest; `added_root()` when None. Both are created when absent.
 
     Raises:
         UserError: bad name, no such folder, no safetensors file, or a file of another kind in it.

@@ -2,7 +2,7 @@
 """Normal form of typed words, from any keyboard, page or file.
 
 Texts that look the same must be the same word: an invisible character copied along with a word would otherwise make it
-    another class with another score.
+another class with another score.
 """
 
 from __future__ import annotations

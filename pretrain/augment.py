@@ -75,7 +75,7 @@ class ViewAugment:
     """Make the network's input from uint8 crops.
 
     Args:
-        config: Which changes, how strong and how often.
+        config: which changes, how strong and how often.
         backend: "torch", "opencv" (CPU tensors only), or "auto": OpenCV on a CPU, torch elsewhere.
     """
 
@@ -86,7 +86,7 @@ class ViewAugment:
         """(N, 3, S, S) uint8 RGB → (N, 3, S, S) float32, contiguous: channels-last slows an fp32 ResNet on a CPU.
 
         Raises:
-            ValueError: Not uint8, or not (N, 3, S, S).
+            ValueError: not uint8, or not (N, 3, S, S).
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"views are uint8 (N, 3, S, S), not {images.dtype} {tuple(images.shape)}")
@@ -189,7 +189,7 @@ def blur(x: Tensor, sigma: Tensor, *, largest: float) -> Tensor:
     Args:
         x: (N, 3, S, S).
         sigma: (N,) in pixels; 0 leaves a sample exactly as it is.
-        largest: No sigma is larger; sets the kernel's length.
+        largest: no sigma is larger; sets the kernel's length.
     """
     count, channels, height, width = x.shape
     reach = kernel_reach(largest, min(height, width))

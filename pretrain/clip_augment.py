@@ -23,8 +23,8 @@ def augment(pixels: Tensor, config: AugmentConfig, size: int) -> Tensor:
 
     Args:
         pixels: (N, 3, h, w) in [0, 1].
-        config: How much.
-        size: Side of the result.
+        config: how much.
+        size: side of the result.
 
     Returns:
         (N, 3, size, size) in [0, 1].

@@ -41,23 +41,23 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 class ResNetTower(Section):
     """Residual network with torchvision's parameter names, so that its backbone converts to Detectron2."""
 
-    kind: Literal["resnet"] = Field(default="resnet", description="Residual network.")
-    depth: Literal[18, 34, 50, 101] = Field(default=18, description="Number of layers.")
+    kind: Literal["resnet"] = Field(default="resnet", description="residual network")
+    depth: Literal[18, 34, 50, 101] = Field(default=18, description="number of layers")
     stem: Literal["small", "imagenet"] = Field(
-        default="small", description="small: 3x3 convolution, stride 2; imagenet: 7x7. Both are followed by a max pool."
+        default="small", description="small: 3x3 convolution, stride 2; imagenet: 7x7; a max pool follows either"
     )
-    image_size: int = Field(default=64, ge=16, le=1024, description="Side of the input picture in pixels.")
+    image_size: int = Field(default=64, ge=16, le=1024, description="side of the input picture in pixels")
 
 
 class ViTTower(Section):
     """open_clip's vision transformer."""
 
-    kind: Literal["vit"] = Field(description="Vision transformer.")
-    patch_size: int = Field(default=8, ge=2, le=64, description="Side of a patch in pixels.")
-    width: int = Field(default=192, ge=32, le=2048, description="Channels.")
-    layers: int = Field(default=6, ge=1, le=64, description="Blocks.")
-    heads: int = Field(default=3, ge=1, le=64, description="Attention heads.")
-    image_size: int = Field(default=64, ge=16, le=1024, description="Side of the input picture in pixels.")
+    kind: Literal["vit"] = Field(description="vision transformer")
+    patch_size: int = Field(default=8, ge=2, le=64, description="side of a patch in pixels")
+    width: int = Field(default=192, ge=32, le=2048, description="channels")
+    layers: int = Field(default=6, ge=1, le=64, description="blocks")
+    heads: int = Field(default=3, ge=1, le=64, description="attention heads")
+    image_size: int = Field(default=64, ge=16, le=1024, description="side of the input picture in pixels")
 
     @model_validator(mode="after")
     def _divides(self) -> ViTTower:
@@ -72,22 +72,22 @@ class CbowTower(Section):
     """Continuous bag of words: mean of token embeddings, one hidden layer (CLIP's other text tower; ignores word
     order)."""
 
-    kind: Literal["cbow"] = Field(default="cbow", description="Bag of words.")
-    width: int = Field(default=224, ge=8, le=2048, description="Length of a token embedding.")
-    hidden: int = Field(default=1024, ge=8, le=8192, description="Units of the hidden layer.")
-    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is truncated.")
+    kind: Literal["cbow"] = Field(default="cbow", description="bag of words")
+    width: int = Field(default=224, ge=8, le=2048, description="length of a token embedding")
+    hidden: int = Field(default=1024, ge=8, le=8192, description="units of the hidden layer")
+    context_length: int = Field(default=32, ge=4, le=512, description="longest text in tokens; the rest is truncated")
 
 
 class TransformerTower(Section):
     """open_clip's text transformer."""
 
-    kind: Literal["transformer"] = Field(description="Transformer.")
-    width: int = Field(default=192, ge=16, le=2048, description="Channels.")
-    layers: int = Field(default=4, ge=1, le=64, description="Blocks.")
-    heads: int = Field(default=4, ge=1, le=64, description="Attention heads.")
-    context_length: int = Field(default=32, ge=4, le=512, description="Longest text in tokens; the rest is truncated.")
+    kind: Literal["transformer"] = Field(description="transformer")
+    width: int = Field(default=192, ge=16, le=2048, description="channels")
+    layers: int = Field(default=4, ge=1, le=64, description="blocks")
+    heads: int = Field(default=4, ge=1, le=64, description="attention heads")
+    context_length: int = Field(default=32, ge=4, le=512, description="longest text in tokens; the rest is truncated")
     causal: bool = Field(
-        default=False, description="Each token sees the earlier ones only, as in CLIP; otherwise all of them."
+        default=False, description="each token sees the earlier ones only, as in CLIP; otherwise all of them"
     )
 
     @model_validator(mode="after")
@@ -104,34 +104,32 @@ TextTower = Annotated[CbowTower | TransformerTower, Field(discriminator="kind")]
 class EncoderConfig(Section):
     """A joint encoder, written beside its weights. One of the towers may be absent."""
 
-    embed_dim: int = Field(default=384, ge=2, le=4096, description="Length of a joint embedding.")
-    image: ImageTower | None = Field(default=None, description="Image tower; null: the encoder knows text only.")
-    text: TextTower | None = Field(default=None, description="Text tower; null: the encoder knows images only.")
+    embed_dim: int = Field(default=384, ge=2, le=4096, description="length of a joint embedding")
+    image: ImageTower | None = Field(default=None, description="image tower; null: the encoder knows text only")
+    text: TextTower | None = Field(default=None, description="text tower; null: the encoder knows images only")
     text_projection: bool = Field(
         default=False,
-        description="A linear layer after the text tower, initialised as the identity; trained even where the tower is "
-        "frozen.",
+        description="a linear layer after the text tower, initialised as the identity; trained even where the tower is "
+        "frozen",
     )
-    image_mean: tuple[Unit, Unit, Unit] = Field(
-        default=(0.5, 0.5, 0.5), description="Mean of the pixels (RGB, 0 to 1)."
-    )
+    image_mean: tuple[Unit, Unit, Unit] = Field(default=(0.5, 0.5, 0.5), description="mean of the pixels (RGB, 0 to 1)")
     image_std: tuple[Share, Share, Share] = Field(
-        default=(0.25, 0.25, 0.25), description="Standard deviation of the pixels (RGB, 0 to 1)."
+        default=(0.25, 0.25, 0.25), description="standard deviation of the pixels (RGB, 0 to 1)"
     )
 
 
 class AugmentConfig(Section):
     """Random changes of the training pictures, drawn per picture, applied to the whole batch at once."""
 
-    crop_scale: tuple[Share, Share] = Field(default=(0.5, 1.0), description="Area of the random crop, as a share.")
-    flip: Unit = Field(default=0.5, description="Probability of a horizontal flip.")
-    brightness: Unit = Field(default=0.2, description="Largest change of brightness, as a factor.")
-    contrast: Unit = Field(default=0.2, description="Largest change of contrast, as a factor.")
-    colour: Unit = Field(default=0.1, description="Largest change of each colour channel, as a factor.")
-    hue: Unit = Field(default=0.0, description="Probability that all colours are turned by one random angle.")
-    grey: Unit = Field(default=0.0, description="Probability of grey.")
+    crop_scale: tuple[Share, Share] = Field(default=(0.5, 1.0), description="area of the random crop, as a share")
+    flip: Unit = Field(default=0.5, description="probability of a horizontal flip")
+    brightness: Unit = Field(default=0.2, description="largest change of brightness, as a factor")
+    contrast: Unit = Field(default=0.2, description="largest change of contrast, as a factor")
+    colour: Unit = Field(default=0.1, description="largest change of each colour channel, as a factor")
+    hue: Unit = Field(default=0.0, description="probability that all colours are turned by one random angle")
+    grey: Unit = Field(default=0.0, description="probability of grey")
     random_filter: Unit = Field(
-        default=0.0, description="Probability of a mixture with a random 3x3 filter of itself (arXiv:2007.13003)."
+        default=0.0, description="probability of a mixture with a random 3x3 filter of itself (arXiv:2007.13003)"
     )
 
     @model_validator(mode="after")
@@ -143,40 +141,40 @@ class AugmentConfig(Section):
 class ClipMethod(Section):
     """CLIP: images and captions that belong together are brought together in one space (arXiv:2103.00020)."""
 
-    name: Literal["clip"] = Field(description="Method.")
-    encoder: EncoderConfig = Field(default=EncoderConfig(), description="The towers to train.")
+    name: Literal["clip"] = Field(description="method")
+    encoder: EncoderConfig = Field(default=EncoderConfig(), description="the towers to train")
     text_weights: Path | None = Field(
         default=None,
-        description="Encoder folder that the text tower is loaded from (pretrain/text.yaml makes one); null: random.",
+        description="encoder folder that the text tower is loaded from (pretrain/text.yaml makes one); null: random",
     )
     image_weights: Path | None = Field(
-        default=None, description="Encoder folder that the image tower is loaded from; null: random."
+        default=None, description="encoder folder that the image tower is loaded from; null: random"
     )
     start: ImageStart | None = Field(
-        default=None, description="ImageNet network that an image tower of kind timm starts from; null: none."
+        default=None, description="ImageNet network that an image tower of kind timm starts from; null: none"
     )
     words: WordsLoss | None = Field(
-        default=None, description="Loss for data of kind photo_words; null: the captions of a batch."
+        default=None, description="loss for data of kind photo_words; null: the captions of a batch"
     )
     freeze_text: bool = Field(
-        default=False, description="Leave the text tower as it is; its text_projection is still trained."
+        default=False, description="leave the text tower as it is; its text_projection is still trained"
     )
     same_noun_positive: bool = Field(
         default=True,
-        description="Count every caption of the same main noun as right, in equal shares; false: only a picture's own "
-        "caption, as in CLIP.",
+        description="count every caption of the same main noun as right, in equal shares; false: only a picture's own "
+        "caption, as in CLIP",
     )
     noun_negatives: bool = Field(
         default=False,
-        description="Names of all classes as further negatives of each picture; needs same_noun_positive.",
+        description="names of all classes as further negatives of each picture; needs same_noun_positive",
     )
-    augment: AugmentConfig = Field(default=AugmentConfig(), description="Augmentation of the pictures.")
+    augment: AugmentConfig = Field(default=AugmentConfig(), description="augmentation of the pictures")
     chunk: int | None = Field(
         default=None,
         ge=1,
         le=10**6,
-        description="Encode this many pictures at a time, twice: less memory, more time, the same gradient (batch norm "
-        "sees chunks of this size); null: all at once.",
+        description="encode this many pictures at a time, twice: less memory, more time, the same gradient (batch norm "
+        "sees chunks of this size); null: all at once",
     )
 
     @model_validator(mode="after")
@@ -203,16 +201,16 @@ class ClipMethod(Section):
 class TextDistillMethod(Section):
     """A small text tower learns a sentence encoder's embeddings of many nouns and phrases."""
 
-    name: Literal["text_distill"] = Field(description="Method.")
-    encoder: EncoderConfig = Field(default=EncoderConfig(text=CbowTower()), description="The text tower to train.")
+    name: Literal["text_distill"] = Field(description="method")
+    encoder: EncoderConfig = Field(default=EncoderConfig(text=CbowTower()), description="the text tower to train")
     similarity_weight: float = Field(
-        default=1.0, ge=0, le=100, description="Weight of the loss on similarities within the batch, beside 1 - cosine."
+        default=1.0, ge=0, le=100, description="weight of the loss on similarities within the batch, beside 1 - cosine"
     )
     similarity_temperature: float = Field(
         default=0.05,
         gt=0,
         le=10,
-        description="Temperature of those similarities; smaller weights nearer neighbours more.",
+        description="temperature of those similarities; smaller weights nearer neighbours more",
     )
 
     @model_validator(mode="after")
@@ -225,12 +223,10 @@ class TextDistillMethod(Section):
 class StickerPairs(DataSection):
     """Pictures with captions, drawn from the shipped Sticker Scenes."""
 
-    kind: Literal["sticker_pairs"] = Field(description="Captioned sticker pictures.")
-    root: Path | None = Field(default=None, description="Folder of the stickers; null: the shipped ones.")
-    length: int = Field(default=1_000_000, ge=1, le=10**9, description="Different pictures in one pass.")
-    extra_styles: bool = Field(
-        default=False, description="Draw in the further training styles too (extra_styles.json)."
-    )
+    kind: Literal["sticker_pairs"] = Field(description="captioned sticker pictures")
+    root: Path | None = Field(default=None, description="folder of the stickers; null: the shipped ones")
+    length: int = Field(default=1_000_000, ge=1, le=10**9, description="different pictures in one pass")
+    extra_styles: bool = Field(default=False, description="draw in the further training styles too (extra_styles.json)")
 
     def labelled_halves(self) -> str | None:
         """Single stickers."""
@@ -240,29 +236,27 @@ class StickerPairs(DataSection):
 class CaptionTable(DataSection):
     """Photos named in a table with their captions."""
 
-    kind: Literal["caption_table"] = Field(description="Table of paths and captions.")
-    path: Path = Field(
-        description="A .csv (commas) or .tsv (tabs) file with a header; a picture may have several rows."
-    )
-    root: Path | None = Field(default=None, description="Folder that the paths start from; null: the table's own.")
-    image: str = Field(default="image", min_length=1, description="Name of the column of paths.")
-    caption: str = Field(default="caption", min_length=1, description="Name of the column of texts.")
+    kind: Literal["caption_table"] = Field(description="table of paths and captions")
+    path: Path = Field(description="a .csv (commas) or .tsv (tabs) file with a header; a picture may have several rows")
+    root: Path | None = Field(default=None, description="folder that the paths start from; null: the table's own")
+    image: str = Field(default="image", min_length=1, description="name of the column of paths")
+    caption: str = Field(default="caption", min_length=1, description="name of the column of texts")
 
 
 class CocoCaptions(DataSection):
     """COCO's pictures and captions."""
 
-    kind: Literal["coco_captions"] = Field(description="COCO's captions.")
-    images: Path = Field(description="Folder of the pictures.")
-    annotations: Path = Field(description="captions_train2017.json.")
+    kind: Literal["coco_captions"] = Field(description="COCO's captions")
+    images: Path = Field(description="folder of the pictures")
+    annotations: Path = Field(description="captions_train2017.json")
 
 
 class CaptionedShards(DataSection):
     """Photos and captions in tar files, in webdataset's layout: KEY.jpg and KEY.txt."""
 
-    kind: Literal["captioned_shards"] = Field(description="Pictures and captions in tar files.")
+    kind: Literal["captioned_shards"] = Field(description="pictures and captions in tar files")
     pattern: str = Field(
-        min_length=1, description="Path of the tar files, with braces or wildcards: data/cc3m-{0000..0331}.tar."
+        min_length=1, description="path of the tar files, with braces or wildcards: data/cc3m-{0000..0331}.tar"
     )
 
 
@@ -272,16 +266,16 @@ CaptionedConfig = CaptionTable | CocoCaptions | CaptionedShards
 class PhraseTargets(DataSection):
     """Phrases with a teacher's embeddings."""
 
-    kind: Literal["phrase_targets"] = Field(description="Phrases and their teacher embeddings.")
-    targets: Path = Field(description="File written by scripts/teacher_embeddings.py.")
+    kind: Literal["phrase_targets"] = Field(description="phrases and their teacher embeddings")
+    targets: Path = Field(description="file written by scripts/teacher_embeddings.py")
     phrases: Path | None = Field(
-        default=None, description="Phrase file with sampling weights; null: all phrases of the targets equally often."
+        default=None, description="phrase file with sampling weights; null: all phrases of the targets equally often"
     )
     held_out: float = Field(
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the phrases that is kept out of training (by a hash of the text).",
+        description="share of the phrases that is kept out of training (by a hash of the text)",
     )
 
 
@@ -317,12 +311,12 @@ IMAGES = ("folder", "cifar", "shards", "sticker_scenes", "sticker_singles")
 class PretrainConfig(Section):
     """One pretraining run."""
 
-    out: Path = Field(description="Folder of the run; it is created.", json_schema_extra=FREE)
-    method: Method = Field(description="Method and its settings.")
-    data: Data = Field(description="Training data.")
-    watch: WatchConfig = Field(default=WatchConfig(), description="Measurements during training.")
-    loop: LoopConfig = Field(description="Length, batch, checkpoints.")
-    optim: OptimConfig = Field(default=OptimConfig(), description="Optimiser and schedule.")
+    out: Path = Field(description="folder of the run; it is created", json_schema_extra=FREE)
+    method: Method = Field(description="method and its settings")
+    data: Data = Field(description="training data")
+    watch: WatchConfig = Field(default=WatchConfig(), description="measurements during training")
+    loop: LoopConfig = Field(description="length, batch, checkpoints")
+    optim: OptimConfig = Field(default=OptimConfig(), description="optimiser and schedule")
 
     @model_validator(mode="after")
     def _check_data(self) -> PretrainConfig:

@@ -27,18 +27,18 @@ class BackboneConfig(Section):
 
     name: str = Field(
         default="resnet50",
-        description="resnet18, 34, 50, 101; torchvision:NAME; timm:NAME; detectron2:R50 (our resnet50).",
+        description="resnet18, 34, 50, 101; torchvision:NAME; timm:NAME; detectron2:R50 (our resnet50)",
     )
     stem: Literal["small", "imagenet", "cifar"] = Field(
-        default="imagenet", description="First layers of our ResNets: small suits 64 pixels, cifar 32."
+        default="imagenet", description="first layers of our ResNets: small suits 64 pixels, cifar 32"
     )
     norm: Literal["bn", "gn_ws"] = Field(
-        default="bn", description="bn: batch norm; gn_ws: group norm and weight standardisation."
+        default="bn", description="bn: batch norm; gn_ws: group norm and weight standardisation"
     )
     zero_init: bool = Field(
         default=True,
-        description="Start every residual block of a ResNet (ours, torchvision's, timm's) as the identity; the papers "
-        "of MoCo, BYOL, SwAV do not.",
+        description="start every residual block of a ResNet (ours, torchvision's, timm's) as the identity; the papers "
+        "of MoCo, BYOL, SwAV do not",
     )
 
     @field_validator("name")
@@ -55,12 +55,12 @@ class SslMethod(Section):
     """Section of a self-supervised method: base class; a subclass adds ``name`` and its constants."""
 
     many_views: ClassVar[bool] = False
-    name: str = Field(description="Method.")
-    backbone: BackboneConfig = Field(default=BackboneConfig(), description="The network to pretrain.")
-    views: tuple[ViewConfig, ...] = Field(description="Random views of a picture, in order.")
+    name: str = Field(description="method")
+    backbone: BackboneConfig = Field(default=BackboneConfig(), description="the network to pretrain")
+    views: tuple[ViewConfig, ...] = Field(description="random views of a picture, in order")
     compile: bool = Field(
         default=False,
-        description="Compile the backbone with torch.compile: needs a C++ compiler, and a minute or two at the start.",
+        description="compile the backbone with torch.compile: needs a C++ compiler, and a minute or two at the start",
     )
 
     @model_validator(mode="after")
@@ -82,76 +82,76 @@ class SslMethod(Section):
 class SimCLRMethod(SslMethod):
     """SimCLR: two views of a picture find each other among all views of the batch (arXiv:2002.05709)."""
 
-    name: Literal["simclr"] = Field(description="Method.")
-    hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
-    dim: Width = Field(default=128, description="Length of the projection.")
+    name: Literal["simclr"] = Field(description="method")
+    hidden: Width = Field(default=2048, description="units of the projector's hidden layer")
+    dim: Width = Field(default=128, description="length of the projection")
     temperature: Temperature = Field(
-        default=0.1, description="Temperature of the softmax: .1 on ImageNet, .5 on CIFAR-10."
+        default=0.1, description="temperature of the softmax: .1 on ImageNet, .5 on CIFAR-10"
     )
     lr_rule: Literal["none", "linear", "sqrt"] = Field(
         default="none",
         description="optim.lr is multiplied: linear by batch / 256 (.3 in the paper), sqrt by the root of the batch "
-        "(.075); none: taken as it is.",
+        "(.075); none: taken as it is",
     )
 
 
 class MoCoMethod(SslMethod):
     """MoCo: a query finds its key among a queue of a momentum encoder's earlier keys (arXiv:1911.05722, 2003.04297)."""
 
-    name: Literal["moco_v1", "moco_v2"] = Field(description="Method; v2 has an MLP head.")
-    dim: Width = Field(default=128, description="Length of queries and keys.")
-    hidden: Width = Field(default=2048, description="Units of the hidden layer of v2's head.")
-    queue: int = Field(default=65536, ge=1, le=10**7, description="Keys in the queue; any number.")
-    momentum: Unit = Field(default=0.999, description="Momentum of the key encoder.")
-    temperature: Temperature = Field(description="Temperature of the softmax: .07 in v1, .2 in v2.")
-    symmetric: bool = Field(default=False, description="Each view is query once and key once.")
+    name: Literal["moco_v1", "moco_v2"] = Field(description="method; v2 has an MLP head")
+    dim: Width = Field(default=128, description="length of queries and keys")
+    hidden: Width = Field(default=2048, description="units of the hidden layer of v2's head")
+    queue: int = Field(default=65536, ge=1, le=10**7, description="keys in the queue; any number")
+    momentum: Unit = Field(default=0.999, description="momentum of the key encoder")
+    temperature: Temperature = Field(description="temperature of the softmax: .07 in v1, .2 in v2")
+    symmetric: bool = Field(default=False, description="each view is query once and key once")
     bn_splits: int = Field(
         default=8,
         ge=1,
         le=64,
-        description="On one process: groups that batch norm treats as separate GPUs would; 1 is ordinary batch norm.",
+        description="on one process: groups that batch norm treats as separate GPUs would; 1 is ordinary batch norm",
     )
 
 
 class SimSiamMethod(SslMethod):
     """SimSiam: predict the other view's projection, whose gradient is stopped (arXiv:2011.10566)."""
 
-    name: Literal["simsiam"] = Field(description="Method.")
-    dim: Width = Field(default=2048, description="Length of projection and prediction.")
-    layers: Literal[2, 3] = Field(default=3, description="Layers of the projector; 2 on CIFAR-10.")
-    hidden: Width = Field(default=512, description="Units of the predictor's bottleneck, a quarter of dim.")
-    constant_predictor_lr: bool = Field(default=True, description="The predictor's learning rate does not decay.")
+    name: Literal["simsiam"] = Field(description="method")
+    dim: Width = Field(default=2048, description="length of projection and prediction")
+    layers: Literal[2, 3] = Field(default=3, description="layers of the projector; 2 on CIFAR-10")
+    hidden: Width = Field(default=512, description="units of the predictor's bottleneck, a quarter of dim")
+    constant_predictor_lr: bool = Field(default=True, description="the predictor's learning rate does not decay")
 
 
 class BarlowTwinsMethod(SslMethod):
     """Barlow Twins: the correlation of two views' features becomes the identity (arXiv:2103.03230)."""
 
-    name: Literal["barlow_twins"] = Field(description="Method.")
-    dims: tuple[Width, ...] = Field(default=(8192, 8192, 8192), description="Layers of the projector.")
-    lambd: float = Field(default=0.0051, ge=0, le=10, description="Weight of the off-diagonal terms.")
+    name: Literal["barlow_twins"] = Field(description="method")
+    dims: tuple[Width, ...] = Field(default=(8192, 8192, 8192), description="layers of the projector")
+    lambd: float = Field(default=0.0051, ge=0, le=10, description="weight of the off-diagonal terms")
     bias_lr_ratio: float = Field(
         default=0.024,
         gt=0,
         le=10,
-        description="Learning rate of biases and norms beside that of the weights: .0048 / .2 in the authors' code.",
+        description="learning rate of biases and norms beside that of the weights: .0048 / .2 in the authors' code",
     )
     gradient_scale: float = Field(
         default=1.0,
         gt=0,
         le=1,
         description="1: the true gradient; 1 / processes is what the authors' code has on several GPUs, and what "
-        "its learning rate for biases was tuned to.",
+        "its learning rate for biases was tuned to",
     )
 
 
 class ByolMethod(SslMethod):
     """BYOL: predict a momentum network's projection of another view (arXiv:2006.07733, 2010.10241)."""
 
-    name: Literal["byol", "byol_gn"] = Field(description="Method; byol_gn has no batch statistics anywhere.")
-    hidden: Width = Field(default=4096, description="Units of the hidden layers of projector and predictor.")
-    dim: Width = Field(default=256, description="Length of projection and prediction.")
+    name: Literal["byol", "byol_gn"] = Field(description="method; byol_gn has no batch statistics anywhere")
+    hidden: Width = Field(default=4096, description="units of the hidden layers of projector and predictor")
+    dim: Width = Field(default=256, description="length of projection and prediction")
     momentum: Unit = Field(
-        default=0.996, description="Momentum of the target network at the first step; it rises to 1 at the last."
+        default=0.996, description="momentum of the target network at the first step; it rises to 1 at the last"
     )
 
     @model_validator(mode="after")
@@ -166,19 +166,19 @@ class SwavMethod(SslMethod):
     """SwAV: predict from one view to which prototypes another was assigned (arXiv:2006.09882)."""
 
     many_views = True
-    name: Literal["swav"] = Field(description="Method.")
-    hidden: Width = Field(default=2048, description="Units of the projector's hidden layer.")
-    dim: Width = Field(default=128, description="Length of the projection and of a prototype.")
-    prototypes: Width = Field(default=3000, description="Number of prototypes.")
-    big_crops: int = Field(default=2, ge=2, le=16, description="Views that give codes; they come first in views.")
-    temperature: Temperature = Field(default=0.1, description="Temperature of the softmax over prototypes.")
-    epsilon: float = Field(default=0.05, gt=0, le=10, description="Sharpness of the codes; smaller is sharper.")
-    iterations: int = Field(default=3, ge=1, le=100, description="Iterations of Sinkhorn-Knopp.")
-    freeze_steps: int = Field(default=313, ge=0, le=10**7, description="Steps before the prototypes begin to learn.")
+    name: Literal["swav"] = Field(description="method")
+    hidden: Width = Field(default=2048, description="units of the projector's hidden layer")
+    dim: Width = Field(default=128, description="length of the projection and of a prototype")
+    prototypes: Width = Field(default=3000, description="number of prototypes")
+    big_crops: int = Field(default=2, ge=2, le=16, description="views that give codes; they come first in views")
+    temperature: Temperature = Field(default=0.1, description="temperature of the softmax over prototypes")
+    epsilon: float = Field(default=0.05, gt=0, le=10, description="sharpness of the codes; smaller is sharper")
+    iterations: int = Field(default=3, ge=1, le=100, description="iterations of Sinkhorn-Knopp")
+    freeze_steps: int = Field(default=313, ge=0, le=10**7, description="steps before the prototypes begin to learn")
     queue_length: int = Field(
-        default=0, ge=0, le=10**7, description="Earlier embeddings per big crop that take part in the assignment."
+        default=0, ge=0, le=10**7, description="earlier embeddings per big crop that take part in the assignment"
     )
-    queue_start: int = Field(default=0, ge=0, le=10**7, description="Steps before the queue begins to fill.")
+    queue_start: int = Field(default=0, ge=0, le=10**7, description="steps before the queue begins to fill")
 
     @model_validator(mode="after")
     def _check_views(self) -> SwavMethod:
@@ -194,22 +194,22 @@ class WatchConfig(Section):
         default=0,
         ge=0,
         le=10**9,
-        description="Steps between kNN probes of the backbone; 0: none.",
+        description="steps between kNN probes of the backbone; 0: none",
         json_schema_extra=FREE,
     )
     probe_data: str | None = Field(
         default=None,
-        description="Labelled pictures of the probe: sticker_singles, cifar:ROOT, or a folder with train/CLASS/ and "
-        "val/CLASS/; null: the stickers or CIFAR-10 where data has them, otherwise there is no probe.",
+        description="labelled pictures of the probe: sticker_singles, cifar:ROOT, or a folder with train/CLASS/ and "
+        "val/CLASS/; null: the stickers or CIFAR-10 where data has them, otherwise there is no probe",
         json_schema_extra=FREE,
     )
     probe_pictures: int = Field(
         default=2000,
         ge=2,
         le=10**7,
-        description="Number of labelled pictures that kNN searches, kept in memory; half as many queries.",
+        description="number of labelled pictures that kNN searches, kept in memory; half as many queries",
         json_schema_extra=FREE,
     )
     probe_seconds: float = Field(
-        default=20.0, gt=0, le=86400, description="Time budget of one probe.", json_schema_extra=FREE
+        default=20.0, gt=0, le=86400, description="time budget of one probe", json_schema_extra=FREE
     )

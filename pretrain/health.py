@@ -2,9 +2,9 @@
 """Health of a self-supervised run: measures of the last forward pass, and alarms with cause and remedy.
 
 The loss does not show health: a collapsed BYOL or SimSiam has the lowest of all. Nor does a single measure: SimSiam
-    without stop-gradient keeps the spread of its channels (through batch norm) while the rank falls to a tenth. And the
-    rank has no fixed threshold: a healthy MoCo v2 has a lower one than some collapsed runs. So an alarm compares a run
-    with itself and fires on a fall from the run's highest value.
+without stop-gradient keeps the spread of its channels (through batch norm) while the rank falls to a tenth. And the
+rank has no fixed threshold: a healthy MoCo v2 has a lower one than some collapsed runs. So an alarm compares a run
+with itself and fires on a fall from the run's highest value.
 
 Shapes: `N` samples of this process, `D` projection, `K` prototypes.
 """
@@ -94,7 +94,7 @@ def panel(health: Mapping[str, Tensor]) -> dict[str, float]:
             "online_parameters" and "target_parameters", flat.
 
     Returns:
-        Values by name, each beginning with ``health/``.
+        values by name, each beginning with ``health/``.
     """
     z = health["projection"]
     measures = {"rank": effective_rank(z), "spread": channel_spread(z), "cosine": mean_cosine(z)}
@@ -205,10 +205,10 @@ class Monitored(Task):
     raises the same alarms.
 
     Args:
-        task: Overrides `Task.health` (see `panel`).
-        probe: Called with the task's backbone every ``probe_every`` steps, in every process; returns values by name.
-        probe_every: Steps between probes; 0: never.
-        probe_name: What the probe measures on. A run that goes on with another forgets its best kNN.
+        task: overrides `Task.health` (see `panel`).
+        probe: called with the task's backbone every ``probe_every`` steps, in every process; returns values by name.
+        probe_every: steps between probes; 0: never.
+        probe_name: what the probe measures on. A run that goes on with another forgets its best kNN.
     """
 
     progress: Tensor

@@ -34,10 +34,10 @@ def clip_contrastive(
     Args:
         image: (N, D) embeddings of the pictures, of any length, this process's part.
         text: (N, D) of the captions, in the same order.
-        logit_scale: Logarithm of the inverse temperature, a scalar.
-        labels_N: Integer labels; all pairs of an equal label count as right, in equal shares (supervised contrastive
+        logit_scale: logarithm of the inverse temperature, a scalar.
+        labels_N: integer labels; all pairs of an equal label count as right, in equal shares (supervised contrastive
             targets). None: only a picture's own caption is right, as in the paper.
-        names_CD: Embeddings of all C class names, the same on every process; needs ``labels_N``, which index them. They
+        names_CD: embeddings of all C class names, the same on every process; needs ``labels_N``, which index them. They
             stand beside the captions when a picture chooses among texts: C further negatives, one more positive.
     """
     return clip_contrastive_top1(image, text, logit_scale, labels_N=labels_N, names_CD=names_CD)[0]
@@ -83,7 +83,7 @@ def embedding_distillation(
     `temperature` (a phrase's similarity to itself is left out).
 
     Returns:
-        The loss, and the mean cosine (no gradient).
+        the loss, and the mean cosine (no gradient).
     """
     with _without_autocast(student_ND):
         student, teacher = _normalized(student_ND), _normalized(teacher_ND)
@@ -159,7 +159,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
     Args:
         scores: (N, K) similarities, this process's part.
-        epsilon: Smoothness, .05; smaller is harder.
+        epsilon: smoothness, .05; smaller is harder.
         iterations: 3.
 
     Returns:
@@ -186,15 +186,15 @@ def swav_loss(
     """Swapped prediction (SwAV, arXiv:2006.09882, eq. 2 and section 3.2): each big crop's code from all other crops.
 
     Args:
-        scores_per_crop: Per crop (N, K) cosines to the prototypes; the big crops first.
+        scores_per_crop: per crop (N, K) cosines to the prototypes; the big crops first.
         temperature: .1.
-        epsilon, iterations: Of `sinkhorn`.
-        big_crops: How many of the crops give codes.
-        queue_scores: Per big crop (Q, K) scores of earlier samples: they take part in the assignment and are dropped.
-        codes: Per big crop (N, K) rows that sum to 1, instead of Sinkhorn's; without gradient.
+        epsilon, iterations: of `sinkhorn`.
+        big_crops: how many of the crops give codes.
+        queue_scores: per big crop (Q, K) scores of earlier samples: they take part in the assignment and are dropped.
+        codes: per big crop (N, K) rows that sum to 1, instead of Sinkhorn's; without gradient.
 
     Returns:
-        The mean over big crops and other crops of the cross-entropy; ln K when every prototype is alike.
+        the mean over big crops and other crops of the cross-entropy; ln K when every prototype is alike.
     """
     with _without_autocast(scores_per_crop[0]):
         scores = [_float32_or_64(crop) for crop in scores_per_crop]
@@ -221,8 +221,8 @@ def barlow_twins(z_a: Tensor, z_b: Tensor, *, lambd: float, gradient_scale: floa
     Args:
         z_a: (N, D) embeddings of the first views, this process's part.
         z_b: (N, D) of the second views.
-        lambd: Weight of the off-diagonal terms; .0051.
-        gradient_scale: Factor on the gradient only. 1 / processes gives what the authors' code has: its all-reduce has
+        lambd: weight of the off-diagonal terms; .0051.
+        gradient_scale: factor on the gradient only. 1 / processes gives what the authors' code has: its all-reduce has
             no gradient of its own, and the learning rate of its biases was tuned to that.
 
     Returns:

@@ -14,13 +14,13 @@ def monitored(task: Task, watch: WatchConfig, data: DataSection, inputs: InputSp
     """The task with its health panel and, where there are labels and ``watch`` wants one, a kNN probe.
 
     Args:
-        task: The method.
-        watch: What to measure.
-        data: What is learned from; its labelled pictures are the probe's if ``watch`` names none.
-        inputs: What the backbone expects.
+        task: the method.
+        watch: what to measure.
+        data: what is learned from; its labelled pictures are the probe's if ``watch`` names none.
+        inputs: what the backbone expects.
 
     Raises:
-        UserError: The probe's pictures are not there.
+        UserError: the probe's pictures are not there.
     """
     if not watch.probe_every:
         return Monitored(task)

@@ -147,7 +147,7 @@ def main(argv: list[str]) -> int:
     source = patch_source(config, config.pretext.held_out, seed=config.loop.seed + 1, count=args.pictures)
     batch = [source.sample(index, 0) for index in range(args.pictures)]
     stages: list[Path | None] = [None, *args.during, last.folder]
-    picture = sheet(task, stages, batch, [index % source.count for index in range(args.pictures)])
+    picture = sheet(task, stages, batch, [index % source.config.count for index in range(args.pictures)])
     args.out.mkdir(parents=True, exist_ok=True)
     small = picture.quantize(COLOURS)
     small.save(args.out / "patches.png", optimize=True)

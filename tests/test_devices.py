@@ -312,7 +312,7 @@ def test_calibration__is_fitted_to_regions_of_a_gpu() -> None:
         run_typed(scenes, scorer, floor=0.0)
 
 
-def test_regions_of_a_store_are_embedded_on_a_gpu() -> None:
+def test_devices__regions_of_a_store_are_embedded_on_a_gpu() -> None:
     encoder = small_encoder().eval()
     boxes = np.array([[4.0, 4.0, 40.0, 40.0], [20.0, 10.0, 90.0, 80.0]])
     plain = embed_regions(encoder, picture(), boxes)

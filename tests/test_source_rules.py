@@ -238,6 +238,27 @@ def test_source__never_edits_the_module_search_path(file: str) -> None:
     assert [call for call in calls if call.startswith("sys.path.")] == []
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("tests/")])
+def test_test_names__are_subject_and_behaviour(file: str) -> None:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    names = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert [name for name in names if name.startswith("test_") and "__" not in name] == []
+
+
+def test_source__no_two_classes_have_one_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in PRODUCT:
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(file)
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+@pytest.mark.parametrize("file", PRODUCT)
+def test_source__files_are_short(file: str) -> None:
+    assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) <= 450
+
+
 # The checker itself: what it must find, and what it must leave alone.
 
 

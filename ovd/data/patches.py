@@ -10,13 +10,14 @@ Shapes: ``M`` patches, ``K`` crops of a patch (scales), ``S`` their side; boxes 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.config_detr import PatchConfig
 from ovd.data.mapper import TrainingTransform, move_boxes
 from ovd.data.samples import PatchSample
 from ovd.data.selective_search import likely_boxes
@@ -28,20 +29,20 @@ from pretrain.engine.errors import BadImageError
 from pretrain.engine.identity import identity_of
 from pretrain.engine.sampling import derive_seed
 
-Sampler = Literal["official", "log_uniform", "prior"]
 TOO_SMALL = 16  # pictures with a side up to this are skipped (released code)
 TRIES = 40  # draws for one patch before an overlapping one is accepted
 
 
-def official_boxes(width: int, height: int, rng: np.random.Generator, *, count: int, min_side: int) -> NDArray[Any]:
-    """The released sampler: both sides uniform from ``min_side`` to the whole picture, then a uniform position.
+def official_boxes(width: int, height: int, rng: np.random.Generator, config: PatchConfig) -> NDArray[Any]:
+    """(M, 4) boxes of the released sampler: both sides uniform from ``min_side`` to the whole picture, then a uniform
+    position.
 
     Its patches are large (median area 19 % of the picture), often long, and a third overlaps another by half.
     """
-    boxes = np.zeros((count, 4), dtype=np.float32)
+    boxes = np.zeros((config.count, 4), dtype=np.float32)
     for box in boxes:
-        w, h = int(rng.integers(min_side, max(width - min_side, min_side) + 1)), 0
-        h = int(rng.integers(min_side, max(height - min_side, min_side) + 1))
+        w = int(rng.integers(config.min_side, max(width - config.min_side, config.min_side) + 1))
+        h = int(rng.integers(config.min_side, max(height - config.min_side, config.min_side) + 1))
         w, h = min(w, width), min(h, height)
         x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
         box[:] = x, y, x + w, y + h
@@ -49,73 +50,55 @@ def official_boxes(width: int, height: int, rng: np.random.Generator, *, count: 
 
 
 def log_uniform_boxes(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    *,
-    count: int,
-    min_side: int,
-    scale: tuple[float, float],
-    max_aspect: float,
-    max_iou: float,
-    start: NDArray[Any] | None = None,
+    width: int, height: int, rng: np.random.Generator, config: PatchConfig, *, start: NDArray[Any] | None = None
 ) -> NDArray[Any]:
-    """Sizes even over scales, bounded aspect, and no near duplicates.
+    """(M, 4) boxes of sizes even over scales, bounded aspect, and no near duplicates.
+
+    The square root of area(box) / area(picture) and the aspect are drawn log-uniformly, from ``scale`` and up to
+    ``max_aspect``. A box that overlaps an earlier one by more than ``max_iou`` is drawn again, at most `TRIES` times.
 
     Args:
         width, height: of the picture.
         rng: of this picture.
-        count: boxes in all.
-        min_side: pixels.
-        scale: range of the square root of area(box) / area(picture), drawn log-uniformly.
-        max_aspect: of the longer to the shorter side, drawn log-uniformly.
-        max_iou: a box overlapping an earlier one more is drawn again, at most `TRIES` times.
+        config: of the patches.
         start: boxes that are there already.
     """
-    boxes = np.zeros((0, 4), dtype=np.float32) if start is None else start[:count].astype(np.float32)
+    boxes = np.zeros((0, 4), dtype=np.float32) if start is None else start[: config.count].astype(np.float32)
+    smallest, largest = map(math.log, config.scale)
     side = math.sqrt(width * height)
-    while len(boxes) < count:
+    while len(boxes) < config.count:
         candidate = np.zeros(4, dtype=np.float32)
         for _ in range(TRIES):
-            size = side * math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
-            stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(max_aspect))
-            w = min(max(round(size * stretch), min_side), width)
-            h = min(max(round(size / stretch), min_side), height)
+            size = side * math.exp(rng.uniform(smallest, largest))
+            stretch = math.exp(rng.uniform(-0.5, 0.5) * math.log(config.max_aspect))
+            w = min(max(round(size * stretch), config.min_side), width)
+            h = min(max(round(size / stretch), config.min_side), height)
             x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             candidate[:] = x, y, x + w, y + h
-            if len(boxes) == 0 or float(_iou(candidate, boxes).max()) <= max_iou:
+            if len(boxes) == 0 or float(_iou(candidate, boxes).max()) <= config.max_iou:
                 break
         boxes = np.concatenate([boxes, candidate[None]])
     return boxes
 
 
-def prior_boxes(
-    image: NDArray[np.uint8],
-    rng: np.random.Generator,
-    *,
-    count: int,
-    min_side: int,
-    scale: tuple[float, float],
-    max_aspect: float,
-    max_iou: float,
-) -> NDArray[Any]:
+def prior_boxes(image: NDArray[np.uint8], rng: np.random.Generator, config: PatchConfig) -> NDArray[Any]:
     """Boxes around likely objects: up to ``count`` of a selective search, jittered.
 
     Their order is drawn, what stands out more often first. They are objects more often than random patches are, as
     DETReg's targets (arXiv 2106.04550); unlike those, each is a query patch.
     """
     height, width = image.shape[:2]
-    candidates, values = likely_boxes(image, scale=scale, max_aspect=max_aspect)
+    candidates, values = likely_boxes(image, scale=config.scale, max_aspect=config.max_aspect)
     order = np.argsort(-values * np.exp(rng.normal(0, 0.5, len(values))), kind="stable")
     boxes = np.zeros((0, 4), dtype=np.float32)
     for box in candidates[order]:
         sides = np.tile(box[2:] - box[:2], 2)
         box = box + rng.uniform(-0.1, 0.1, 4) * sides
         box = np.round(np.clip(box, 0, [width, height, width, height])).astype(np.float32)
-        if min(box[2:] - box[:2]) < min_side or (len(boxes) and _iou(box, boxes).max() > max_iou):
+        if min(box[2:] - box[:2]) < config.min_side or (len(boxes) and _iou(box, boxes).max() > config.max_iou):
             continue
         boxes = np.concatenate([boxes, box[None]])
-        if len(boxes) == count:
+        if len(boxes) == config.count:
             break
     return boxes
 
@@ -125,16 +108,6 @@ def _iou(box: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
     inner = np.clip(high - low, 0, None).prod(1)
     areas = (others[:, 2:] - others[:, :2]).prod(1)
     return inner / ((box[2:] - box[:2]).prod() + areas - inner)
-
-
-class _Limits(TypedDict):
-    """Arguments of `prior_boxes` and `log_uniform_boxes`."""
-
-    count: int
-    min_side: int
-    scale: tuple[float, float]
-    max_aspect: float
-    max_iou: float
 
 
 def colour_jitter(size: int) -> ViewConfig:
@@ -160,11 +133,8 @@ class PatchSource:
         images: unlabelled pictures.
         transform: resize of the picture (no flip: a patch must keep its appearance).
         seed: of the patches.
-        sampler, count, min_side, scale, max_aspect, max_iou: see the functions above.
-        size: S.
+        config: how patches are drawn; ``variants`` are different sets per picture, one per epoch in turn.
         crop_scales: (1,) cuts the patch itself; (1, 1.5) with its surroundings, as the joint space's regions are cut.
-        jitter: change colours of the patch, never of the picture.
-        variants: different sets of patches per picture, one per epoch in turn.
     """
 
     def __init__(
@@ -173,22 +143,12 @@ class PatchSource:
         images: ImageSet,
         transform: TrainingTransform,
         seed: int,
-        sampler: Sampler = "log_uniform",
-        count: int = 10,
-        size: int = 64,
-        min_side: int = 8,
-        scale: tuple[float, float] = (0.08, 0.6),
-        max_aspect: float = 3.0,
-        max_iou: float = 0.5,
+        config: PatchConfig,
         crop_scales: tuple[float, ...] = (1.0,),
-        jitter: bool = False,
-        variants: int = 1,
     ) -> None:
-        self.images, self.transform, self.seed, self.sampler = images, transform, seed, sampler
-        self.count, self.size, self.min_side, self.scale = count, size, min_side, scale
-        self.max_aspect, self.max_iou, self.crop_scales = max_aspect, max_iou, crop_scales
-        self.variants = variants
-        self.augment = ViewAugment(colour_jitter(size)) if jitter else None
+        self.images, self.transform, self.seed = images, transform, seed
+        self.config, self.crop_scales = config, crop_scales
+        self.augment = ViewAugment(colour_jitter(config.size)) if config.jitter else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -200,17 +160,10 @@ class PatchSource:
     def boxes(self, image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.float32]:
         """(M, 4) boxes in pixels of ``image``."""
         height, width = image.shape[:2]
-        if self.sampler == "official":
-            return official_boxes(width, height, rng, count=self.count, min_side=self.min_side)
-        limits: _Limits = {
-            "count": self.count,
-            "min_side": self.min_side,
-            "scale": self.scale,
-            "max_aspect": self.max_aspect,
-            "max_iou": self.max_iou,
-        }
-        start = prior_boxes(image, rng, **limits) if self.sampler == "prior" else None
-        return log_uniform_boxes(width, height, rng, **limits, start=start)
+        if self.config.sampler == "official":
+            return official_boxes(width, height, rng, self.config)
+        start = prior_boxes(image, rng, self.config) if self.config.sampler == "prior" else None
+        return log_uniform_boxes(width, height, rng, self.config, start=start)
 
     def variant(self, index: int, variant: int, *, draw: int = 0) -> PatchSample:
         """Picture ``index`` with its set of patches number ``variant``.
@@ -228,7 +181,7 @@ class PatchSource:
             raise BadImageError(f"picture {index}", f"{width}x{height} pixels; patches need more than {TOO_SMALL}")
         rng = np.random.default_rng([self.seed, index, variant])
         boxes = self.boxes(image, rng)
-        patches = crop_regions(image, boxes, size=self.size, scales=self.crop_scales)
+        patches = crop_regions(image, boxes, size=self.config.size, scales=self.crop_scales)
         if self.augment is not None:
             patches = self._jittered(patches, seed=derive_seed(self.seed, index, variant))
         transforms = self.transform.draw(height, width, np.random.default_rng([self.seed, draw]))
@@ -250,7 +203,7 @@ class PatchSource:
 
     def sample(self, index: int, draw: int) -> PatchSample:
         """Sample of picture ``index``; the set of patches changes from epoch to epoch."""
-        return self.variant(index, (draw // len(self)) % self.variants, draw=draw)
+        return self.variant(index, (draw // len(self)) % self.config.variants, draw=draw)
 
     @staticmethod
     def collate(samples: list[PatchSample]) -> list[PatchSample]:

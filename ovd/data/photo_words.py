@@ -162,7 +162,7 @@ def _with_noun(photo: Photo, boxes_P4: F32, table: WordTable) -> tuple[F32, NDAr
     )
 
 
-class PhotoWords:
+class PhotoLabels:
     """Photos of several COCO files and a table of nouns, with one vocabulary.
 
     Args:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.data.photo_words import PhotoWords, region_targets
+from ovd.data.photo_words import PhotoLabels, region_targets
 from ovd.regions.store import RegionStore
 from pretrain.data.coco import ImageId
 
@@ -104,7 +104,7 @@ class PooledSource:
     def __init__(
         self,
         *,
-        photos: PhotoWords,
+        photos: PhotoLabels,
         row: Callable[[int], Mapping[str, NDArray[Any]]],
         offline: OfflineRegions | None = None,
     ) -> None:

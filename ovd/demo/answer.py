@@ -132,7 +132,7 @@ class Answerer:
             preview: add the upright picture, at most `PREVIEW_SIDE` long, as a data URL without metadata.
 
         Returns:
-            See docs/guide/python.md for the keys.
+            see docs/guide/python.md for the keys.
 
         Raises:
             UserError: no picture, no words, or something unreadable; the message is for the person.

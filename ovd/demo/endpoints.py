@@ -84,7 +84,7 @@ class Endpoints:
             keywords: the values come by name (``call/v2/NAME``), not as a list ``data``.
 
         Returns:
-            The body, with a null for each value at the end of ``data`` that was left out and need not be there.
+            the body, with a null for each value at the end of ``data`` that was left out and need not be there.
 
         Raises:
             BadRequest: no JSON, no such function, or a value of a wrong type.

@@ -35,7 +35,7 @@ def prepare_environment(folder: str | Path | None = None) -> Path:
         folder: where uploads go; a new folder with mode 0700 when None.
 
     Returns:
-        The folder, locked as long as this process lives. The caller deletes it.
+        the folder, locked as long as this process lives. The caller deletes it.
 
     Raises:
         UserError: no folder can be made, or a variable of the environment makes no sense.

@@ -30,7 +30,7 @@ def pack(answers: Any, form: Any) -> bytes:
         form: one of `ovd.formats.names.FORMATS`.
 
     Returns:
-        The file's bytes.
+        the file's bytes.
 
     Raises:
         UserError: what is sent is not that, or too much.

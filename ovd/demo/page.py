@@ -67,20 +67,20 @@ ONE_QUEUE: dict[str, Any] = {"concurrency_limit": None, "concurrency_id": "reque
 
 
 @dataclass(frozen=True)
-class Example:
+class PageExample:
     """One click-to-try picture."""
 
     picture: Path
     classes: str
 
 
-def shipped_examples(folder: Path) -> list[Example]:
+def shipped_examples(folder: Path) -> list[PageExample]:
     """The examples listed in a folder's ``examples.json``, leaving out what is not there."""
     index = folder / "examples.json"
     if not index.is_file():
         return []
     rows = read_json(index)
-    return [Example(folder / row["picture"], row["classes"]) for row in rows if (folder / row["picture"]).is_file()]
+    return [PageExample(folder / row["picture"], row["classes"]) for row in rows if (folder / row["picture"]).is_file()]
 
 
 def _asset(name: str) -> str:
@@ -128,7 +128,7 @@ def _weights_classes(number: int) -> list[str]:
     return [f"wordbox-weights-{number}", *(["wordbox-other-weights"] if number else [])]
 
 
-def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> gr.Blocks:
+def build_page(answerer: Answerer, *, examples: list[PageExample] | None = None) -> gr.Blocks:
     """Lay out the page.
 
     Args:
@@ -136,7 +136,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
         examples: click-to-try pictures; None: for each of the weights the shipped ones of the kind they are made for.
 
     Returns:
-        The Gradio app, queue configured; `launch_page` serves it.
+        the Gradio app, queue configured; `launch_page` serves it.
     """
     load_gradio()
     import gradio as gr
@@ -180,7 +180,7 @@ def build_page(answerer: Answerer, *, examples: list[Example] | None = None) -> 
 
 
 def _example_gallery(
-    handlers: Handlers, offer: Offer, examples: list[Example], picture: gr.Image, words: gr.Textbox, view: gr.HTML
+    handlers: Handlers, offer: Offer, examples: list[PageExample], picture: gr.Image, words: gr.Textbox, view: gr.HTML
 ) -> None:
     """Click-to-try pictures of one of the weights on offer, which answer about them."""
     import gradio as gr

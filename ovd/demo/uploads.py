@@ -14,7 +14,7 @@ SHARE = 0.5  # of the free disk, where that is less
 
 
 @dataclass(frozen=True)
-class _File:
+class _Upload:
     path: Path
     size: int
     time: float
@@ -85,7 +85,7 @@ class Uploads:
         free = shutil.disk_usage(self.folder).free + self._at_most - self._reserved
         return min(self.most_bytes, int(free * SHARE))
 
-    def _files(self) -> list[_File]:
+    def _files(self) -> list[_Upload]:
         files = []
         for parent, _, names in os.walk(self.folder):
             for name in names:
@@ -94,7 +94,7 @@ class Uploads:
                     state = path.stat(follow_symlinks=False)
                 except OSError:  # removed meanwhile
                     continue
-                files.append(_File(path, state.st_size, state.st_mtime))
+                files.append(_Upload(path, state.st_size, state.st_mtime))
         return sorted(files, key=lambda f: f.time)
 
     def _remove_oldest(self, most_bytes: int, most_files: int) -> None:

@@ -115,7 +115,7 @@ def evaluate(
         federated: the categories annotated in each image; see `ovd.evaluation.lvis`, which passes it.
 
     Returns:
-        Metrics. For masks, an object's size is that of its mask, also when the detection carries a box (as Detectron2
+        metrics. For masks, an object's size is that of its mask, also when the detection carries a box (as Detectron2
         does).
 
     Raises:

@@ -2,8 +2,8 @@
 """Calibrating an image-text encoder on the boxes of another detector (`ovd.calibrate --encoder`).
 
 First the ranking: temperature and the exponents of objectness and area, one after the other, by average precision of
-    words that only the encoder scores. Then its weight beside the proposal network's own scores, then the sigmoid and
-    the threshold.
+words that only the encoder scores. Then its weight beside the proposal network's own scores, then the sigmoid and
+the threshold.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ovd.data.photo_words import PhotoWords
+from ovd.data.photo_words import PhotoLabels
 from ovd.detector import Detector
 from ovd.evaluation.photo_calibration import MIN_PHOTOS, TypedPhotos, require_absent_words, require_both, with_threshold
 from ovd.evaluation.typed import average_precision, run_typed
@@ -31,7 +31,7 @@ AREA = (0.0, 0.25)
 SHARES = (0.1, 0.2, 0.35, 0.5)
 
 
-def prepare_encoder(detector: Detector, photos: PhotoWords, *, limit: int, seed: int = 0) -> TypedPhotos:
+def prepare_encoder(detector: Detector, photos: PhotoLabels, *, limit: int, seed: int = 0) -> TypedPhotos:
     """Run the detector over at most ``limit`` of the photos, drawn by seed.
 
     Raises:

@@ -38,7 +38,7 @@ def evaluate_lvis(
     Other arguments and errors as :func:`ovd.evaluation.coco.evaluate`.
 
     Returns:
-        Metrics with ``TYPE/APr``, ``APc``, ``APf`` besides COCO's names; means are over categories that have objects.
+        metrics with ``TYPE/APr``, ``APc``, ``APf`` besides COCO's names; means are over categories that have objects.
     """
     split = split or split_of("lvis", gt, where=where[0])
     labels = Federated.of(gt, where=where[0])

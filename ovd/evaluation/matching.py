@@ -143,7 +143,7 @@ def shaped(
     """Objects and detections with the shape and area that one kind of evaluation compares.
 
     Returns:
-        Objects with the file's area; detections with their own, of the box or of the mask.
+        objects with the file's area; detections with their own, of the box or of the mask.
 
     Raises:
         UserError: masks wanted, and an object or a detection without one.

@@ -13,7 +13,7 @@ from ovd.data.lvis import is_lvis, split_of
 from ovd.data.splits import Split
 from ovd.detections import CocoResult
 from ovd.evaluation import coco
-from ovd.evaluation.options import VILD_REGIONS, DataSpec, Options
+from ovd.evaluation.options import VILD_REGIONS, DataSpec, EvaluationOptions
 from ovd.evaluation.predictor import ClosedSetPredictor, Predictor, PretextPredictor, proposals_of
 from ovd.evaluation.run import Predict, run_images, run_source
 from ovd.formats.read import read_spec
@@ -79,7 +79,7 @@ class ModelRun:
     record: Record = field(default_factory=dict)
 
 
-def run_model(options: Options, *, on_image: Callable[[int, int], None]) -> ModelRun:
+def run_model(options: EvaluationOptions, *, on_image: Callable[[int, int], None]) -> ModelRun:
     """Run the detector of ``--weights`` over ``--data``.
 
     Args:
@@ -114,7 +114,7 @@ def run_model(options: Options, *, on_image: Callable[[int, int], None]) -> Mode
     )
 
 
-def read_data(options: Options) -> EvaluatedData:
+def read_data(options: EvaluationOptions) -> EvaluatedData:
     """Read what ``--data`` and ``--split`` name, and cut the crops of ``--examples`` from photographs."""
     assert options.data is not None
     data = DataSpec.parse(options.data)
@@ -146,13 +146,15 @@ def read_data(options: Options) -> EvaluatedData:
     return EvaluatedData(split=split, gt=remaining, folder=folder, crops=crops)
 
 
-def categories_of(options: Options, split: Split) -> dict[int, str]:
+def categories_of(options: EvaluationOptions, split: Split) -> dict[int, str]:
     """COCO id → name of the categories that `--vocabulary` names; known: those left out of the means as well."""
     group = {"all": split.ids, "base": split.base, "novel": split.novel}.get(options.vocabulary, split.names)
     return {i: split.names[i] for i in group}
 
 
-def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[Predict | None, Predict | None]:
+def predictors(
+    options: EvaluationOptions, data: EvaluatedData, record: Record
+) -> tuple[Predict | None, Predict | None]:
     """Functions that give the results and the proposals of a picture; None where there are none."""
     from ovd.weights import detector_folder
 
@@ -194,7 +196,7 @@ def predictors(options: Options, data: EvaluatedData, record: Record) -> tuple[P
     return predictor, predictor.propose if options.agnostic == "proposals" else None
 
 
-def _with_encoder(options: Options, data: EvaluatedData, record: Record) -> tuple[Predict, Predict | None]:
+def _with_encoder(options: EvaluationOptions, data: EvaluatedData, record: Record) -> tuple[Predict, Predict | None]:
     """Boxes of any detector, named by the crops that another encoder sees."""
     detector = load_detector(options, record)
     predictor: Predict | PretextPredictor | Predictor
@@ -206,7 +208,7 @@ def _with_encoder(options: Options, data: EvaluatedData, record: Record) -> tupl
     return predictor, proposals_of(detector.model, top=options.regions) if proposals else None
 
 
-def _with_soft_nms(predictor: Predict | None, options: Options, record: Record) -> Predictor:
+def _with_soft_nms(predictor: Predict | None, options: EvaluationOptions, record: Record) -> Predictor:
     """The predictor with Soft-NMS; notes it in the record.
 
     Raises:
@@ -224,7 +226,9 @@ def _load(folder: Path, device: str, *, top: int = 150) -> RegionModel:
     return load_detector_model(folder, top=top, device=device)
 
 
-def _closed_set(folder: Path, split: Split, options: Options, device: str, record: Record) -> tuple[Predict, Predict]:
+def _closed_set(
+    folder: Path, split: Split, options: EvaluationOptions, device: str, record: Record
+) -> tuple[Predict, Predict]:
     from ovd.inference.detr_regions import ClosedSetDetr
 
     model = _load(folder, device, top=options.limit)
@@ -240,7 +244,7 @@ def warn_of_pictures(detector: Detector, data: EvaluatedData) -> None:
         print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
 
 
-def load_detector(options: Options, record: Record) -> Detector:
+def load_detector(options: EvaluationOptions, record: Record) -> Detector:
     """The detector of `--weights`; notes in the record what it is."""
     from ovd.detector import Detector
 
@@ -267,7 +271,7 @@ def load_detector(options: Options, record: Record) -> Detector:
     return detector
 
 
-def by_words(detector: Detector, options: Options, split: Split, record: Record) -> Predictor:
+def by_words(detector: Detector, options: EvaluationOptions, split: Split, record: Record) -> Predictor:
     """A predictor for words; notes its settings in the record."""
     from ovd.evaluation.predictor import predictor_for
     from ovd.vocabulary import Vocabulary
@@ -302,7 +306,9 @@ def by_words(detector: Detector, options: Options, split: Split, record: Record)
     return predictor
 
 
-def with_vild_protocol(predictor: Predictor, options: Options, data: EvaluatedData, record: Record) -> Predictor:
+def with_vild_protocol(
+    predictor: Predictor, options: EvaluationOptions, data: EvaluatedData, record: Record
+) -> Predictor:
     """The predictor with ViLD's limits before NMS, and its classes embedded with the synonyms that LVIS names."""
     from ovd.evaluation.predictor import predictor_for
     from ovd.vocabulary import Vocabulary, VocabularyClass
@@ -329,7 +335,7 @@ def with_vild_protocol(predictor: Predictor, options: Options, data: EvaluatedDa
     return replace(predictor, per_class=VILD_REGIONS)
 
 
-def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detector, float]:
+def _with_crop_embeddings(detector: Detector, options: EvaluationOptions) -> tuple[Detector, float]:
     """The detector with its encoder's embeddings of crops, and the encoder's own inverse temperature."""
     from ovd.inference.strategies import CropEmbeddings
     from pretrain.nets.towers import JointEncoder
@@ -342,7 +348,7 @@ def _with_crop_embeddings(detector: Detector, options: Options) -> tuple[Detecto
 
 
 def by_examples(
-    detector: Detector, options: Options, data: EvaluatedData, record: Record
+    detector: Detector, options: EvaluationOptions, data: EvaluatedData, record: Record
 ) -> Predictor | PretextPredictor:
     """A predictor for crops: those of the pictures, or stickers."""
     from ovd.evaluation.examples import category_crops, example_predictor

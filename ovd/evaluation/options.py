@@ -70,7 +70,7 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class EvaluationOptions:
     """The flags, as ``--help`` explains them; dashes are underscores."""
 
     weights: str | None
@@ -105,7 +105,7 @@ class Options:
     plots: str | None
 
     @classmethod
-    def parse(cls, argv: Sequence[str]) -> Options:
+    def parse(cls, argv: Sequence[str]) -> EvaluationOptions:
         """Read the command line.
 
         Raises:
@@ -125,25 +125,25 @@ class Options:
         return self.vocabulary in GROUPS
 
 
-def _source(options: Options) -> tuple[str, str, str]:
+def _source(options: EvaluationOptions) -> tuple[str, str, str]:
     """The flag that says what is evaluated, the one that must come with it, and the one that must not."""
     if options.weights:
         return "--weights", "--data", "--annotations"
     return "--predictions", "--annotations", "--data"
 
 
-def _wrong_data(options: Options) -> bool:
+def _wrong_data(options: EvaluationOptions) -> bool:
     data = {"--data": options.data, "--annotations": options.annotations}
     _, needed, excluded = _source(options)
     return not data[needed] or bool(data[excluded])
 
 
-def _wrong_data_message(options: Options) -> str:
+def _wrong_data_message(options: EvaluationOptions) -> str:
     source, needed, excluded = _source(options)
     return f"{source} needs {needed}, and cannot be combined with {excluded}; see wordbox evaluate --help."
 
 
-COMBINATIONS: tuple[tuple[Callable[[Options], object], Callable[[Options], str]], ...] = (
+COMBINATIONS: tuple[tuple[Callable[[EvaluationOptions], object], Callable[[EvaluationOptions], str]], ...] = (
     (
         lambda o: bool(o.weights) == bool(o.predictions),
         lambda o: "give --weights (run a model) or --predictions (a results file), not both; see --help.",

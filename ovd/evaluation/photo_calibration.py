@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ovd.data.photo_words import PhotoWords
+from ovd.data.photo_words import PhotoLabels
 from ovd.detector import Detector
 from ovd.evaluation.fitting import fit_sigmoid, quiet_threshold, round_up
 from ovd.evaluation.labelled_scenes import labels_of
@@ -59,7 +59,7 @@ class TypedPhotos:
         return replace(self, scenes=self.scenes[start::2], named=self.named[start::2], examples=self.examples[start::2])
 
 
-def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords:
+def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoLabels:
     """The photos that ``--data`` names, with those of one thing.
 
     Args:
@@ -77,7 +77,7 @@ def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords
     parts = list(truth.parts.values())
     if named is None:
         named = "val" if "val" in parts else "all"
-    return PhotoWords(
+    return PhotoLabels(
         folder=labels_read.root,
         annotations=[truth],
         labels=labels,
@@ -87,7 +87,7 @@ def photos_of(data: str, *, labels: Path | None, part: str | None) -> PhotoWords
     )
 
 
-def require_boxes(photos: PhotoWords, where: str) -> None:
+def require_boxes(photos: PhotoLabels, where: str) -> None:
     """Refuse too few labels before any network runs.
 
     Raises:
@@ -101,7 +101,7 @@ def require_boxes(photos: PhotoWords, where: str) -> None:
         )
 
 
-def prepare(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> TypedPhotos:
+def prepare(detector: Detector, photos: PhotoLabels, *, seed: int = 0) -> TypedPhotos:
     """Run the detector over the photos.
 
     Raises:
@@ -210,7 +210,7 @@ def fit_examples(data: TypedPhotos) -> Calibration | None:
     """The calibration of crops: temperature and objectness exponent, then as of words.
 
     Returns:
-        The values in the plain fields, for `Calibration.with_examples`; None: too few photos with crops, none that
+        the values in the plain fields, for `Calibration.with_examples`; None: too few photos with crops, none that
         lacks what a crop shows, or scores without any relation to the labels.
     """
     if (

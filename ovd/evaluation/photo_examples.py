@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ovd.data.photo_words import Photo, PhotoWords
+from ovd.data.photo_words import Photo, PhotoLabels
 from ovd.detector import Detector
 from ovd.evaluation.typed import TypedScene
 from ovd.examples import Crop, Example
@@ -56,7 +56,7 @@ def boxes_to_cut(photo: Photo, words: int) -> dict[int, tuple[float, float, floa
     return largest
 
 
-def word_crops(detector: Detector, photos: PhotoWords, *, seed: int = 0) -> WordCrops:
+def word_crops(detector: Detector, photos: PhotoLabels, *, seed: int = 0) -> WordCrops:
     """Cut two crops of each word out of randomly drawn photos, and embed them as a user's examples are."""
     always_labelled = photos.table.always_labelled
     boxes_of: dict[int, list[tuple[int, tuple[float, float, float, float]]]] = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ovd.data.photo_words import Photo, PhotoWords, WordTable
+from ovd.data.photo_words import Photo, PhotoLabels, WordTable
 from ovd.detector import Detector
 from ovd.evaluation.typed import Outcome, TypedScene
 from ovd.inference.arrays import Floats
@@ -114,7 +114,7 @@ def typed_photo(
 
 def typed_photos(
     detector: Detector,
-    photos: PhotoWords,
+    photos: PhotoLabels,
     rows_CD: Floats,
     *,
     absent: int = 10,

@@ -89,7 +89,7 @@ def parse_xml(data: bytes) -> Element:
 
 
 @dataclass(kw_only=True)
-class _File:
+class _Annotation:
     """One annotation file."""
 
     path: Path
@@ -180,7 +180,7 @@ def _parts(path: Path, files: Sequence[Path], notes: Notes) -> dict[Path, str]:
     return parts
 
 
-def _open(file: Path, root: Path, images: Path | None, part: str, notes: Notes) -> _File | None:
+def _open(file: Path, root: Path, images: Path | None, part: str, notes: Notes) -> _Annotation | None:
     try:
         document = parse_xml(file.read_bytes())
     except OSError as problem:
@@ -202,10 +202,10 @@ def _open(file: Path, root: Path, images: Path | None, part: str, notes: Notes) 
     if picture is None:
         notes.mistake(str(file), f"its picture {named or file.stem} is not in {folders[0]} nor beside it")
         return None
-    return _File(path=file, root=document, picture=picture, part=part, size=(0, 0))
+    return _Annotation(path=file, root=document, picture=picture, part=part, size=(0, 0))
 
 
-def _measure(document: _File, notes: Notes) -> bool:
+def _measure(document: _Annotation, notes: Notes) -> bool:
     """Note the size of the upright picture; false where it cannot be read."""
     try:
         document.size = upright_size(document.picture)
@@ -233,7 +233,9 @@ def _counts_from_0(root: Element) -> bool:
     return any(o.value(f"bndbox/{c}") in ("0", "0.0") for o in _objects(root) for c in ("xmin", "ymin"))
 
 
-def _object(element: Element, document: _File, number: dict[str, int], shift: int, notes: Notes) -> CocoObject | None:
+def _object(
+    element: Element, document: _Annotation, number: dict[str, int], shift: int, notes: Notes
+) -> CocoObject | None:
     """COCO's annotation of an object without its ids; None after a mistake."""
     location = f"{document.path}:{element.line}"
     name = element.value("name")

@@ -58,7 +58,7 @@ def refine_with_crops(regions: RegionSet, image: NDArray[np.uint8], encoder: Cro
             as they are, like all others.
 
     Returns:
-        The same regions in the same order, with new unit rows for those that were refined.
+        the same regions in the same order, with new unit rows for those that were refined.
 
     Raises:
         UserError: the encoder returns NaN, infinity or a zero vector.

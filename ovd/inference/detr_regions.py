@@ -140,7 +140,7 @@ class OpenVocabularyDetr(DetrRegionModel):
             image, rows_CD, classes_per_pass: see `conditioned_queries`.
 
         Returns:
-            At most as many regions as there are queries (and as ``top``), no two of which overlap by more than
+            at most as many regions as there are queries (and as ``top``), no two of which overlap by more than
             `CONDITIONED_NMS_IOU`.
         """
         memory, rows = self.memory(image), torch.as_tensor(rows_CD)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from ovd.demo.bodies import BodyReader, Limits, Reply, length_of, replay
 from ovd.demo.gate import Gate
 from ovd.demo.hosts import AllowedHosts
-from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.backend import Backend, StudioTask
 from ovd.label_studio.interactive import read_drawn
 from ovd.label_studio.reason import reason_header
 from pretrain.engine.errors import UserError
@@ -207,7 +207,7 @@ def _text(body: dict[str, object], key: str) -> str:
     return text
 
 
-def _tasks(body: dict[str, object]) -> list[Task]:
+def _tasks(body: dict[str, object]) -> list[StudioTask]:
     raw = body.get("tasks")
     if not isinstance(raw, list) or not raw:
         raise UserError("the request has no tasks")
@@ -217,5 +217,5 @@ def _tasks(body: dict[str, object]) -> list[Task]:
         if not isinstance(data, dict):
             raise UserError("a task of the request has no data")
         number = item.get("id")
-        tasks.append(Task(id=number if isinstance(number, int) else None, data=data))
+        tasks.append(StudioTask(id=number if isinstance(number, int) else None, data=data))
     return tasks

@@ -43,7 +43,7 @@ PLANS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class StudioTask:
     """A task: its number, and its data as imported."""
 
     id: int | None
@@ -122,7 +122,7 @@ class Backend:
                 self._plans.popitem(last=False)
         return plan
 
-    def predict(self, config: str, tasks: Sequence[Task], *, since: float) -> list[list[Prediction]]:
+    def predict(self, config: str, tasks: Sequence[StudioTask], *, since: float) -> list[list[Prediction]]:
         """The predictions of each task: one, or none for a task whose picture cannot be read or whose turn never came.
 
         Args:
@@ -154,7 +154,7 @@ class Backend:
             raise problems[0]
         return answers
 
-    def similar(self, config: str, task: Task, drawn: DrawnRegion) -> Prediction:
+    def similar(self, config: str, task: StudioTask, drawn: DrawnRegion) -> Prediction:
         """Boxes that resemble the object in a drawn rectangle, under its label; no words are used.
 
         Where no region fits the rectangle, its crop is searched for as an example.
@@ -188,7 +188,7 @@ class Backend:
         threshold = self._threshold if control.threshold is None else control.threshold
         return self._detector.threshold_for(query, threshold)
 
-    def _predict_task(self, plan: Plan, task: Task) -> Prediction:
+    def _predict_task(self, plan: Plan, task: StudioTask) -> Prediction:
         results: list[Result] = []
         for control, query in plan.controls:
             pixels = self._pixels(task, control)
@@ -196,7 +196,7 @@ class Backend:
             results += results_of(control, detections)
         return prediction_of(plan.version, results)
 
-    def _pixels(self, task: Task, control: BoxControl) -> NDArray[np.uint8]:
+    def _pixels(self, task: StudioTask, control: BoxControl) -> NDArray[np.uint8]:
         value = task.data.get(control.field)
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"the task's data has no {control.field!r}, where its picture should be named")

@@ -24,7 +24,7 @@ LABELS = ("rectanglelabels", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class RegionEntry:
     """One entry of a drawn region: with ``<Rectangle>`` and ``<Labels>`` a region has two.
 
     Attributes:
@@ -52,7 +52,7 @@ class DrawnRegion:
 
     id: str
     image: str
-    parts: tuple[Part, ...]
+    parts: tuple[RegionEntry, ...]
     corner: tuple[float, float]
     size: tuple[float, float]
     rotation: float
@@ -116,13 +116,13 @@ def _numbers(entry: Mapping[str, object]) -> tuple[float, ...] | None:
     return (*numbers[1:], numbers[0]) if len(numbers) == len(values) else None
 
 
-def _part(entry: Mapping[str, object]) -> Part:
+def _part(entry: Mapping[str, object]) -> RegionEntry:
     value = entry.get("value")
     assert isinstance(value, dict)
     kind = str(entry.get("type"))
     chosen = value.get(kind) if kind in LABELS else None
     labels = tuple(str(label) for label in chosen) if isinstance(chosen, list) else ()
-    return Part(control=str(entry.get("from_name", "")), kind=kind, labels=labels)
+    return RegionEntry(control=str(entry.get("from_name", "")), kind=kind, labels=labels)
 
 
 def similar_results(drawn: DrawnRegion, similar: SimilarRegions, size: tuple[int, int]) -> list[Result]:
@@ -150,7 +150,7 @@ def similar_results(drawn: DrawnRegion, similar: SimilarRegions, size: tuple[int
     ]
 
 
-def _with_labels(sides: Value, part: Part) -> Value:
+def _with_labels(sides: Value, part: RegionEntry) -> Value:
     if part.kind == "rectanglelabels":
         return {**sides, "rectanglelabels": list(part.labels)}
     return {**sides, "labels": list(part.labels)} if part.kind == "labels" else sides

@@ -2,7 +2,7 @@
 """The pictures of Label Studio's tasks: in the task itself, in a folder of this machine, or fetched from Label Studio.
 
 Tasks are untrusted, so nothing else is read: no file outside the folder, no other host. The address of Label Studio and
-    the token come from the command line, never from a request.
+the token come from the command line, never from a request.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def box_iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a, b: (…, 4), broadcast over all but the last dimension; insert a dimension in each for all pairs.
 
     Returns:
-        Two (…) tensors, finite for empty boxes too, as are their gradients.
+        two (…) tensors, finite for empty boxes too, as are their gradients.
     """
     tiny = torch.finfo(a.dtype).tiny ** 0.5
     size_a, size_b = (a[..., 2:] - a[..., :2]).clamp(min=0), (b[..., 2:] - b[..., :2]).clamp(min=0)

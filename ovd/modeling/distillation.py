@@ -23,7 +23,7 @@ def l1_distillation(regions_RD: Tensor, targets_RD: Tensor, valid_R: Tensor | No
         valid_R: (R,) bool; padded or cropped-away regions are False and count in neither sum nor denominator.
 
     Returns:
-        Scalar float32; 0 (with a graph) when no region is valid.
+        scalar float32; 0 (with a graph) when no region is valid.
     """
     with torch.autocast(regions_RD.device.type, enabled=False):
         region = F.normalize(regions_RD.float(), dim=1)

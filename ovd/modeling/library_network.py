@@ -54,7 +54,7 @@ class Chain(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class NetworkPart:
     """A part of a network and the map that it gives.
 
     Attributes:
@@ -83,7 +83,7 @@ class LibraryNetwork:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[NetworkPart, ...]
     ends: dict[str, int]
     statistics: Statistics
 
@@ -184,7 +184,7 @@ def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _chain(network: nn.Module) -> list[Part]:
+def _chain(network: nn.Module) -> list[NetworkPart]:
     """The parts, as far as each one's input is the output of the one before.
 
     They are run once within the network and once by themselves; the first that differs ends the chain.
@@ -221,7 +221,7 @@ def _chain(network: nn.Module) -> list[Part]:
         links.append((path, part, x, expected))
     network.train()
     return [
-        Part(path=path, module=part, channels=y.shape[1], side=y.shape[2], intact=torch.equal(y, expected))
+        NetworkPart(path=path, module=part, channels=y.shape[1], side=y.shape[2], intact=torch.equal(y, expected))
         for path, part, y, expected in links
     ]
 

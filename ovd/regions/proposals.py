@@ -79,7 +79,7 @@ def select_proposals(
         min_side: boxes with a shorter side after clipping are dropped.
 
     Returns:
-        At most ``top`` proposals by falling score; equal scores keep their order.
+        at most ``top`` proposals by falling score; equal scores keep their order.
     """
     box_P4 = as_array(boxes).astype(np.float32, copy=False).reshape(-1, 4)
     score_P = as_array(scores).astype(np.float32, copy=False).reshape(-1)

@@ -175,7 +175,7 @@ class RegionStore:
         """Read every byte and compare hashes, counts and values.
 
         Returns:
-            One line per problem; empty when the store is whole.
+            one line per problem; empty when the store is whole.
         """
         problems = []
         for shard, record in enumerate(self.manifest.get("shards") or [None] * shard_count(self.manifest)):

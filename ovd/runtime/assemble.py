@@ -42,14 +42,14 @@ LISTING, RANGES = "holes.json", "ranges.json"
 INT8 = "int8/"
 
 
-class _File(TypedDict):
+class _PackedGraph(TypedDict):
     sha256: str
     holes: list[Hole]
 
 
 class _Listing(TypedDict):
     sources: dict[str, str]
-    files: dict[str, _File]
+    files: dict[str, _PackedGraph]
 
 
 class Tensor(NamedTuple):
@@ -290,7 +290,7 @@ def write_archive(
         root: that the tensors' files are named relative to.
         extra: what else it holds, by name.
     """
-    listing: dict[str, _File] = {}
+    listing: dict[str, _PackedGraph] = {}
     stripped: dict[str, bytes] = {}
     for name in sorted(files):
         stripped[name], holes = cut_tensors(files[name], tensors.get(name, {}))

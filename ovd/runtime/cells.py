@@ -21,7 +21,7 @@ STEP = 32  # inputs are padded to a multiple of it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cells:
+class CellOutputs:
     """Outputs of a graph for a picture.
 
     Attributes:
@@ -58,14 +58,14 @@ class CellGraph:
     def __init__(self, file: Path, card: RuntimeCard, *, threads: int | None = None) -> None:
         self._graph, self._card = Graph(file, threads=threads), card
 
-    def __call__(self, image: NDArray[np.uint8], *, side: int) -> Cells:
-        """Cells of an (H, W, 3) RGB picture with its longest side at ``side`` pixels."""
+    def __call__(self, image: NDArray[np.uint8], *, side: int) -> CellOutputs:
+        """Outputs for an (H, W, 3) RGB picture with its longest side at ``side`` pixels."""
         resized_image = resized(image, side / max(image.shape[:2]))
         height, width = resized_image.shape[:2]
         pixels = pixels_for_cells(resized_image, self._card)
         words, sides = self._graph(["words", "sides"], pixels=pixels)
         centres, strides = cell_centres((pixels.shape[2], pixels.shape[3]), self._card.strides)
-        return Cells(
+        return CellOutputs(
             words=words[0],
             sides=sides[0],
             centres=centres,

@@ -49,11 +49,18 @@ def for_check(config: DetrTrainConfig) -> DetrTrainConfig:
     return checked.model_copy(update={"pretext": config.pretext.model_copy(update={"held_out_count": held_out})})
 
 
-def build(config: DetrTrainConfig) -> TrainingParts[Detr]:
-    """Everything a training needs, before the first step."""
+def build(config: DetrTrainConfig, *, check: bool = False) -> TrainingParts[Detr]:
+    """Everything a training needs, before the first step.
+
+    Args:
+        config: of the training.
+        check: for ``--check``: cache nothing, and measure on few held-out pictures.
+    """
     from ovd.modeling.detr.build import build_detr
     from pretrain.engine.distributed import pick_device, seed_everything
 
+    if check:
+        config = for_check(config)
     if config.pretext is None:
         require_data(config.data)
     seed_everything(config.loop.seed)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cached features of a frozen backbone for a transformer's training: feature maps, with labels or with patches.
 
-`ovd.data.features` keeps the arrays; here they are computed, under a key of all that determines them.
+`ovd.data.cached_features` keeps the arrays; here they are computed, under a key of all that determines them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.config_detr import DetrTrainConfig
+from ovd.data.cached_features import CachedDetection, CachedPatches, FeatureCache, Readable, files_of, pad_objects
 from ovd.data.catalog import Labelled, LabelledImages
-from ovd.data.features import CachedDetection, CachedPatches, FeatureCache, Readable, files_of, pad_objects
 from ovd.data.mapper import DetectionSource, TrainingTransform, map_sample
 from ovd.data.patches import PatchSource
 from ovd.data.samples import PatchSample
@@ -136,7 +136,7 @@ def cached_patches(
             **_maps(model, [group[0]["image"] for group in samples], config.cache_precision),
             "size": np.array([group[0]["size"] for group in samples]),
             "patch_boxes": np.stack([np.stack([sample["boxes"].numpy() for sample in group]) for group in samples]),
-            "patch_embeddings": z.numpy().astype(dtype).reshape(len(indices), variants, source.count, -1),
+            "patch_embeddings": z.numpy().astype(dtype).reshape(len(indices), variants, source.config.count, -1),
         }
 
     patches = config.pretext.patches.model_dump(mode="json") | {"variants": variants}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from ovd.data.photo_words import PhotoWords
+    from ovd.data.photo_words import PhotoLabels
     from ovd.data.pooled import PooledSource
     from ovd.inference.scoring import Calibration
     from ovd.modeling.fvlm.network import FvlmDetector
@@ -41,7 +41,7 @@ class FvlmParts:
     model: FvlmDetector
     rows: Tensor
     proposals: Path
-    photos: PhotoWords
+    photos: PhotoLabels
     task: DetectionTask
     source: PooledSource
 
@@ -51,8 +51,13 @@ def for_check(config: FvlmTrainConfig) -> FvlmTrainConfig:
     return config.model_copy(update={"cache": None})
 
 
-def build(config: FvlmTrainConfig) -> FvlmParts:
-    """Everything a training needs, before the first step; features that are not cached yet are computed first."""
+def build(config: FvlmTrainConfig, *, check: bool = False) -> FvlmParts:
+    """Everything a training needs, before the first step; features that are not cached yet are computed first.
+
+    Args:
+        config: of the training.
+        check: for ``--check``: cache nothing.
+    """
     import torch
 
     from ovd.data.pooled import OfflineRegions, PooledSource
@@ -66,6 +71,8 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     from ovd.weights import detector_folder
     from pretrain.engine.distributed import seed_everything
 
+    if check:
+        config = for_check(config)
     seed_everything(config.loop.seed)
     photos = read_photos(config.data)
     for notice in photos.notices:
@@ -102,12 +109,12 @@ def build(config: FvlmTrainConfig) -> FvlmParts:
     )
 
 
-def read_photos(data: PhotoDataConfig) -> PhotoWords:
+def read_photos(data: PhotoDataConfig) -> PhotoLabels:
     """The photos and labels of a data section."""
-    from ovd.data.photo_words import PhotoWords, nouns_of
+    from ovd.data.photo_words import PhotoLabels, nouns_of
     from pretrain.data.lexicon import read_lexicon
 
-    return PhotoWords(
+    return PhotoLabels(
         folder=Path(data.images),
         annotations=[Path(path) for path in data.annotations],
         labels=Path(data.labels) if data.labels is not None else None,
@@ -125,7 +132,7 @@ def _digest(proposals: Path) -> str:
     return sha256_of(proposals / "model.safetensors") + sha256_of(proposals / "model.json")
 
 
-def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name: str) -> RegionStore:
+def open_store(folder: Path, photos: PhotoLabels, encoder: JointEncoder, *, name: str) -> RegionStore:
     """The photos' offline regions.
 
     Args:
@@ -144,7 +151,7 @@ def open_store(folder: Path, photos: PhotoWords, encoder: JointEncoder, *, name:
 
 
 def photo_features(
-    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, *, key: Mapping[str, str]
+    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoLabels, *, key: Mapping[str, str]
 ) -> FeatureRows:
     """A function from a photo's index to its regions with pooled features; a cache is filled first.
 
@@ -164,7 +171,7 @@ def photo_features(
 
 
 def offline_features(
-    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoWords, store: RegionStore, *, encoder: str
+    config: FvlmTrainConfig, model: FvlmDetector, photos: PhotoLabels, store: RegionStore, *, encoder: str
 ) -> FeatureRows:
     """A function from a photo's index to the features of its offline regions; see `photo_features`.
 
@@ -189,7 +196,7 @@ def offline_features(
 
 def _from_cache(
     config: FvlmTrainConfig,
-    photos: PhotoWords,
+    photos: PhotoLabels,
     compute: Callable[[int], dict[str, NDArray[Any]]],
     *,
     key: Mapping[str, object],
@@ -197,7 +204,7 @@ def _from_cache(
     """`compute`, or the rows of a cache, which is filled first."""
     import numpy as np
 
-    from ovd.data.features import FeatureCache, Readable, files_of
+    from ovd.data.cached_features import FeatureCache, Readable, files_of
 
     if config.cache is None:
         return compute

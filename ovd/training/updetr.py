@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ovd.config_detr import DetrTrainConfig, PretextConfig
-from ovd.data.features import CachedPatches, Readable
+from ovd.data.cached_features import CachedPatches, Readable
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
 from ovd.data.samples import PatchSample
@@ -130,14 +130,6 @@ def patch_source(
             flip=0.0,
         ),
         seed=seed,
-        sampler=patches.sampler,
-        count=patches.count,
-        size=patches.size,
-        min_side=patches.min_side,
-        scale=patches.scale,
-        max_aspect=patches.max_aspect,
-        max_iou=patches.max_iou,
+        config=patches if augmented else patches.model_copy(update={"jitter": False}),
         crop_scales=CROP_SCALES if config.model.embed_space == "clip" else (1.0,),
-        jitter=patches.jitter and augmented,
-        variants=patches.variants,
     )

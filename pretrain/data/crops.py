@@ -84,9 +84,9 @@ class ViewSource:
     """Random views of the pictures of a set: a sample source of `pretrain.engine.sampling`.
 
     Args:
-        images: The pictures.
-        views: What to crop; a ``count`` above 1 means that many views.
-        seed: Crops of different seeds share nothing.
+        images: the pictures.
+        views: what to crop; a ``count`` above 1 means that many views.
+        seed: crops of different seeds share nothing.
     """
 
     def __init__(self, images: ImageSet, views: Sequence[ViewConfig], seed: int) -> None:
@@ -105,7 +105,7 @@ class ViewSource:
         """The views of picture ``index``.
 
         Raises:
-            BadImageError: It cannot be read.
+            BadImageError: it cannot be read.
         """
         picture = self.images.image(index)
         height, width = picture.shape[:2]

@@ -329,7 +329,7 @@ def require_files(names: Iterable[str | Path], folder: Path, *, where: str | Pat
         allowed: share that may be missing.
 
     Returns:
-        What to warn of when some are missing.
+        what to warn of when some are missing.
 
     Raises:
         UserError: more are missing, or all.

@@ -43,7 +43,7 @@ def build_captioned(config: CaptionedConfig) -> CaptionedSet:
     """The pictures a config section describes.
 
     Raises:
-        UserError: They are not there, or have no captions.
+        UserError: they are not there, or have no captions.
     """
     builders: Mapping[type, Callable[..., CaptionedSet]] = {
         CaptionTable: table_of,
@@ -57,8 +57,8 @@ class CaptionedFiles:
     """Files with their captions.
 
     Args:
-        paths: One per picture.
-        texts: One or more per picture.
+        paths: one per picture.
+        texts: one or more per picture.
     """
 
     def __init__(self, paths: Sequence[Path], texts: Sequence[Sequence[str]]) -> None:
@@ -86,7 +86,7 @@ def table_of(config: CaptionTable) -> CaptionedFiles:
     """Rows of a .csv (commas) or .tsv (tabs) file with a header; rows of the same picture are its captions.
 
     Raises:
-        UserError: The file is not there, lacks a column, or has a row without a path or a caption.
+        UserError: the file is not there, lacks a column, or has a row without a path or a caption.
     """
     path = config.path
     tabs = path.suffix.lower() in (".tsv", ".tab")
@@ -130,7 +130,7 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
     """COCO's captions_*.json: every picture that has one; the others are counted in a warning.
 
     Raises:
-        UserError: Not such a file, or its first picture is not in the folder.
+        UserError: not such a file, or its first picture is not in the folder.
     """
     path = config.annotations
     hint = "data.annotations is captions_train2017.json of annotations_trainval2017.zip, not instances_train2017.json"
@@ -160,7 +160,7 @@ class CaptionedShardSet:
     """Pictures of tar shards that have a ``KEY.txt``.
 
     Raises:
-        UserError: No such shard, or no captions in them.
+        UserError: no such shard, or no captions in them.
     """
 
     def __init__(self, pattern: str) -> None:
@@ -199,9 +199,9 @@ class CaptionedSource:
     A sample is (image uint8 (3, S, S), caption, index).
 
     Args:
-        images: The pictures.
+        images: the pictures.
         size: S.
-        seed: Squares of different seeds share nothing.
+        seed: squares of different seeds share nothing.
     """
 
     def __init__(self, images: CaptionedSet, *, size: int, seed: int) -> None:
@@ -218,7 +218,7 @@ class CaptionedSource:
         """Picture ``index``.
 
         Raises:
-            BadImageError: It, or its caption, cannot be read.
+            BadImageError: it, or its caption, cannot be read.
         """
         dice = Dice(self.seed, index, draw)
         texts = self.images.captions(index)

@@ -64,11 +64,11 @@ def build_images(config: ImageData, *, more: Builders = MappingProxyType({})) ->
     """The pictures a config section describes.
 
     Args:
-        config: The section.
-        more: Builders of sections that are not in this module's table.
+        config: the section.
+        more: builders of sections that are not in this module's table.
 
     Raises:
-        UserError: They are not there, or there is none.
+        UserError: they are not there, or there is none.
     """
     builders: Builders = {
         FolderData: lambda c: FolderSet(c.root, classes=c.classes),
@@ -89,11 +89,11 @@ class FolderSet:
     """Pictures below a folder, sorted by path.
 
     Args:
-        root: The folder.
-        classes: The folders directly below it are classes, numbered by name, as in ImageNet's layout.
+        root: the folder.
+        classes: the folders directly below it are classes, numbered by name, as in ImageNet's layout.
 
     Raises:
-        UserError: No folder, no picture, or a picture outside of a class folder.
+        UserError: no folder, no picture, or a picture outside of a class folder.
     """
 
     def __init__(self, root: Path, *, classes: bool = False) -> None:
@@ -132,7 +132,7 @@ class CifarSet:
     """CIFAR-10 in its binary version; the version for Python is a pickle, which can run code and is not read.
 
     Raises:
-        UserError: A file is missing or damaged.
+        UserError: a file is missing or damaged.
     """
 
     def __init__(self, root: Path, *, split: str = "train") -> None:
@@ -202,11 +202,11 @@ class SingleSet:
     """Single stickers with their class.
 
     Args:
-        stickers: The data set.
+        stickers: the data set.
         split: "train": the training styles on training photos; "val": the held-out style on held-out photos.
-        size: Side of a picture.
-        views: Pictures of each drawing.
-        seed: Of photos, places and lights.
+        size: side of a picture.
+        views: pictures of each drawing.
+        seed: of photos, places and lights.
     """
 
     def __init__(self, stickers: Stickers, *, split: Split, size: int, views: int, seed: int) -> None:

@@ -57,9 +57,9 @@ class Lexicon:
     """Nouns and what they mean.
 
     Attributes:
-        meanings: By id.
-        nouns: Noun -> id of its meaning.
-        imagenet: Ids of ImageNet-1k's classes, in the order of its networks' outputs.
+        meanings: by id.
+        nouns: noun -> id of its meaning.
+        imagenet: ids of ImageNet-1k's classes, in the order of its networks' outputs.
     """
 
     meanings: Mapping[str, Meaning]
@@ -106,7 +106,7 @@ def read_lexicon(path: Path | None = None) -> Lexicon:
     """A lexicon file; None: the shipped one.
 
     Raises:
-        UserError: It is unreadable or none.
+        UserError: it is unreadable or none.
     """
     where = path or SHIPPED
     content = read_json(where, hint="pretrain.data.lexicon writes it")
@@ -136,9 +136,9 @@ class Senses:
     """Chooses the meaning of a noun.
 
     Args:
-        wordnet: The dictionary.
-        chosen: Noun -> another noun, with ``#3`` for its third meaning.
-        photographed: Sets of WordNet offsets, the preferred first.
+        wordnet: the dictionary.
+        chosen: noun -> another noun, with ``#3`` for its third meaning.
+        photographed: sets of WordNet offsets, the preferred first.
     """
 
     def __init__(self, wordnet: WordNet, *, chosen: Mapping[str, str], photographed: Sequence[frozenset[int]]) -> None:
@@ -203,10 +203,10 @@ def build_lexicon(wordnet: WordNet, nouns: Iterable[str], senses: Senses, imagen
     """The content of a lexicon file.
 
     Args:
-        wordnet: The dictionary.
-        nouns: Words to list; those without a meaning are left out.
-        senses: What they mean.
-        imagenet: Offsets of the classes of ImageNet's networks.
+        wordnet: the dictionary.
+        nouns: words to list; those without a meaning are left out.
+        senses: what they mean.
+        imagenet: offsets of the classes of ImageNet's networks.
     """
     synsets = {noun: synset for noun in sorted(set(nouns)) if (synset := senses.of(noun)) is not None}
     meanings: dict[str, MeaningRecord] = {}
@@ -234,7 +234,7 @@ def nouns_of(path: Path) -> list[str]:
     """Nouns of a list, of a table file -> nouns, or the category names of a COCO file.
 
     Raises:
-        UserError: It is none of them.
+        UserError: it is none of them.
     """
     content = read_json(path)
     try:

@@ -2,7 +2,7 @@
 """Segmentations of annotation and result files: the one place where they are checked and decoded.
 
 pycocotools trusts its input: a distant coordinate crashes the process, and run lengths that do not fill the mask leave
-    uninitialised memory. So nothing reaches it unchecked.
+uninitialised memory. So nothing reaches it unchecked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def check_segmentation(segmentation: object, size: Size | None, entry: str) -> i
         entry: where it stands, for messages.
 
     Returns:
-        Number of degenerate polygons (two points: a line), which are left out when decoding.
+        number of degenerate polygons (two points: a line), which are left out when decoding.
 
     Raises:
         UserError: see `to_rle`.

@@ -68,11 +68,11 @@ class WordNet:
     """The noun part of WordNet.
 
     Args:
-        synsets: Every meaning by its offset.
-        senses: Lower-case lemma -> offsets, most common sense first.
-        counts: Lower-case lemma -> occurrences of that noun in the sense-tagged texts (0 for most nouns).
-        first_sense_counts: The same for the first sense only.
-        exceptions: Irregular plural -> singular.
+        synsets: every meaning by its offset.
+        senses: lower-case lemma -> offsets, most common sense first.
+        counts: lower-case lemma -> occurrences of that noun in the sense-tagged texts (0 for most nouns).
+        first_sense_counts: the same for the first sense only.
+        exceptions: irregular plural -> singular.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class WordNet:
         """Read the noun files of `folder`.
 
         Raises:
-            UserError: A file is missing, or a line is not in WordNet's format.
+            UserError: a file is missing, or a line is not in WordNet's format.
         """
         folder = Path(folder)
         synsets = {s.offset: s for s in _read_data(folder / "data.noun")}
@@ -160,10 +160,10 @@ def synonym_pairs(
       4. Any noun whose meaning is the candidate's, or the direct hypernym of it, is a right answer.
 
     Args:
-        wordnet: The dictionary.
-        nouns: All class names.
-        supercategories: One per noun.
-        captions: Further texts whose words disqualify a candidate.
+        wordnet: the dictionary.
+        nouns: all class names.
+        supercategories: one per noun.
+        captions: further texts whose words disqualify a candidate.
     """
     meanings: dict[int, list[int]] = {}
     for index, (noun, group) in enumerate(zip(nouns, supercategories, strict=True)):
@@ -204,7 +204,7 @@ def load_pairs(path: str | Path, nouns: Sequence[str]) -> list[SynonymPair]:
     """Read what `save_pairs` wrote.
 
     Raises:
-        UserError: The file is unreadable, or names an answer that is not among `nouns`.
+        UserError: the file is unreadable, or names an answer that is not among `nouns`.
     """
     index = {noun: i for i, noun in enumerate(nouns)}
     try:

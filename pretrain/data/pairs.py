@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pretrain.data import render
 from pretrain.data.caption_templates import caption_for
 from pretrain.data.dice import Dice
-from pretrain.data.render import U8, Patch, Sprite, Stage
+from pretrain.data.render import U8, Compositor, Patch, Sprite
 from pretrain.data.stickers import CROP, PAIR, SPLIT_KEY, Backgrounds, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
 
@@ -76,21 +76,21 @@ class PairSource(StickerSource):
         dice = self.dice(PAIR, index, draw)
         class_id = self.class_at(index, PAIR)
         size = self.size
-        stage = Stage(self.backgrounds.crop(size, size, dice, plain=0.2 if self.split == "train" else 0.0))
+        compositor = Compositor(self.backgrounds.crop(size, size, dice, plain=0.2 if self.split == "train" else 0.0))
         named = [class_id]
         if dice.chance(0.1):  # a small scene: everything in it is named
             others = [dice.choice(self.classes) for _ in range(1 + dice.below(2))]
             named = []
             for label in [class_id, *others]:
-                if self._stick(stage, label, dice, force=not named):
+                if self._stick(compositor, label, dice, force=not named):
                     named.append(label)
         else:
             for _ in range((0, 0, 1, 1, 2, 3)[dice.below(6)]):
-                self._clutter(stage, dice)
-            self._main(stage, class_id, dice)
+                self._clutter(compositor, dice)
+            self._main(compositor, class_id, dice)
             if dice.chance(0.2):
-                self._clutter(stage, dice)
-        image = stage.canvas
+                self._clutter(compositor, dice)
+        image = compositor.canvas
         if dice.chance(0.35):  # a crop of a small object is an enlarged picture
             small = max(8, round(size * dice.uniform(0.3, 0.9)))
             image = cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA)
@@ -112,7 +112,7 @@ class PairSource(StickerSource):
         )
         return Patch.of(render.blur(render.recolour(rgba, dice, vivid=vivid), dice.uniform(0.0, 0.7)))
 
-    def _main(self, stage: Stage, class_id: int, dice: Dice) -> None:
+    def _main(self, compositor: Compositor, class_id: int, dice: Dice) -> None:
         """The named sticker: 45 to 100 % of the frame, sometimes stretched towards the square of the crop."""
         sprite = self.stickers.draw_class(class_id, self.split, dice)
         size = self.size
@@ -129,9 +129,9 @@ class PairSource(StickerSource):
         margin = 0.12 if dice.chance(0.3) else 0.0
         top = round((size - h) * dice.random() + margin * h * dice.uniform(-1, 1))
         left = round((size - w) * dice.random() + margin * w * dice.uniform(-1, 1))
-        stage.place(patch, top, left, harmony=harmony, shadow=shadow, force=True)  # clutter below it may vanish
+        compositor.place(patch, top, left, harmony=harmony, shadow=shadow, force=True)  # clutter below it may vanish
 
-    def _clutter(self, stage: Stage, dice: Dice) -> None:
+    def _clutter(self, compositor: Compositor, dice: Dice) -> None:
         """A piece of something else at the border of the frame."""
         if dice.chance(0.3):
             sprite = self.distractor(dice)
@@ -151,9 +151,9 @@ class PairSource(StickerSource):
             left = int(-w * (1 - inside))
         else:
             left = int(self.size - w * inside)
-        stage.place(patch, top, left)
+        compositor.place(patch, top, left)
 
-    def _stick(self, stage: Stage, label: int, dice: Dice, *, force: bool) -> bool:
+    def _stick(self, compositor: Compositor, label: int, dice: Dice, *, force: bool) -> bool:
         """Place one of several stickers; True if there was room for it."""
         sprite = self.stickers.draw_class(label, self.split, dice)
         fill = self.size * dice.uniform(0.35, 0.65)
@@ -161,7 +161,7 @@ class PairSource(StickerSource):
         h, w = patch.solid.shape
         for _ in range(5):
             top, left = int((self.size - h) * dice.random()), int((self.size - w) * dice.random())
-            if stage.place(patch, top, left, force=force):
+            if compositor.place(patch, top, left, force=force):
                 return True
         return False
 
@@ -229,7 +229,7 @@ class StickerCrops:
         label, code = self.drawings[index % len(self.drawings)]
         dice = Dice(self.seed, SPLIT_KEY[self.photos], CROP, index)
         sprite = self.stickers.sprite(self.style, code)
-        stage = Stage(self.backgrounds.crop(self.size, self.size, dice, plain=0.0))
+        compositor = Compositor(self.backgrounds.crop(self.size, self.size, dice, plain=0.0))
         fill = self.size * dice.uniform(0.70, 0.95)
         rgba = sprite.draw(
             max(4.0, fill * min(1.0, sprite.aspect)),
@@ -240,7 +240,7 @@ class StickerCrops:
         patch = Patch.of(render.blur(rgba, dice.uniform(0.0, 0.5)))
         h, w = patch.solid.shape
         top, left = round((self.size - h) * dice.random()), round((self.size - w) * dice.random())
-        stage.place(patch, top, left, force=True)
-        return np.ascontiguousarray(stage.canvas.transpose(2, 0, 1)), self.stickers.nouns[label], label
+        compositor.place(patch, top, left, force=True)
+        return np.ascontiguousarray(compositor.canvas.transpose(2, 0, 1)), self.stickers.nouns[label], label
 
     collate = staticmethod(PairSource.collate)

@@ -54,11 +54,11 @@ class LabelledPhotos:
     """Labelled photos and their words.
 
     Attributes:
-        items: Photos and boxes.
-        class_ids: One per item.
-        classes: The word of each class, the most frequent of its spellings.
-        lexicon: What they mean.
-        excluded: Words that must not be learnt.
+        items: photos and boxes.
+        class_ids: one per item.
+        classes: the word of each class, the most frequent of its spellings.
+        lexicon: what they mean.
+        excluded: words that must not be learnt.
     """
 
     items: tuple[LabelledCrop, ...]
@@ -72,14 +72,14 @@ def boxes_of(truth: GroundTruth, images: Path, *, part: Part, min_score: float, 
     """Boxes of a COCO file; crowds are left out.
 
     Args:
-        truth: What was read of it.
-        images: Folder of the photos.
-        part: By ``images[].split``; "all": every photo.
-        min_score: Annotations with a ``score`` below are left out; those without a score are taken.
-        min_side: Shortest side in pixels.
+        truth: what was read of it.
+        images: folder of the photos.
+        part: by ``images[].split``; "all": every photo.
+        min_score: annotations with a ``score`` below are left out; those without a score are taken.
+        min_side: shortest side in pixels.
 
     Raises:
-        UserError: A photo has no file, or `part` is asked of a file that does not tell parts.
+        UserError: a photo has no file, or `part` is asked of a file that does not tell parts.
     """
     chosen = {key for key in truth.sizes if part == "all" or truth.parts.get(key) == part}
     if truth.sizes and not chosen:
@@ -110,7 +110,7 @@ def read_labels(
     """Photos with one noun, from a JSON table file -> nouns, without those that a COCO file marks as scenes.
 
     Raises:
-        UserError: It is no such table.
+        UserError: it is no such table.
     """
     content = read_json(path, hint="a table of file names and lists of nouns")
     if not isinstance(content, dict) or not all(isinstance(nouns, list) for nouns in content.values()):
@@ -126,7 +126,7 @@ def read_photo_words(config: PhotoWords) -> LabelledPhotos:
     """Everything that a section names.
 
     Raises:
-        UserError: Files are missing or damaged, or nothing is left to learn from.
+        UserError: files are missing or damaged, or nothing is left to learn from.
     """
     lexicon = read_lexicon(config.lexicon)
     excluded = frozenset(str(noun) for noun in read_json(config.leave_out)) if config.leave_out else frozenset()
@@ -191,10 +191,10 @@ class PhotoWordSource:
     A sample is (image uint8 (3, S, S), word, class id).
 
     Args:
-        words: From `read_photo_words`.
+        words: from `read_photo_words`.
         size: S.
-        seed: Crops of different seeds share nothing.
-        config: Shares, sizes of crops, length.
+        seed: crops of different seeds share nothing.
+        config: shares, sizes of crops, length.
     """
 
     def __init__(self, words: LabelledPhotos, *, size: int, seed: int, config: PhotoWords) -> None:
@@ -225,7 +225,7 @@ class PhotoWordSource:
         """The item, its crop and resolution are drawn by (seed, index, draw).
 
         Raises:
-            BadImageError: The photo cannot be read.
+            BadImageError: the photo cannot be read.
         """
         dice = Dice(self.seed, index, draw)
         number = min(int(np.searchsorted(self._cumulative, dice.random(), side="right")), len(self.words.items) - 1)
@@ -264,8 +264,8 @@ def cut_square(picture: U8, window: Box, size: int) -> U8:
 
     Args:
         picture: (H, W, 3) uint8.
-        window: May hang out of the photo.
-        size: Side of the result.
+        window: may hang out of the photo.
+        size: side of the result.
 
     Returns:
         (size, size, 3) uint8.

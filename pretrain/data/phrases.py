@@ -44,7 +44,7 @@ class Phrase(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Targets:
+class TeacherTargets:
     """`phrases` (P,) and their unit `embeddings` (P, D) float16."""
 
     phrases: tuple[str, ...]
@@ -55,7 +55,7 @@ def read_phrases(path: str | Path) -> list[Phrase]:
     """Read `phrase<TAB>weight<TAB>definition` lines.
 
     Raises:
-        UserError: The file is unreadable, or a weight is no positive number.
+        UserError: the file is unreadable, or a weight is no positive number.
     """
     phrases = []
     for number, line in enumerate(read_text(path, hint="phrases, one a line").splitlines(), 1):
@@ -97,11 +97,11 @@ def write_targets(path: str | Path, phrases: Sequence[str], embeddings: np.ndarr
     save_weights(Path(path), {"embeddings": torch.from_numpy(embeddings).half(), "phrases": text}, {"kind": "targets"})
 
 
-def read_targets(path: str | Path) -> Targets:
+def read_targets(path: str | Path) -> TeacherTargets:
     """Read what `write_targets` wrote.
 
     Raises:
-        UserError: The file is missing or holds something else.
+        UserError: the file is missing or holds something else.
     """
     from pretrain.engine.checkpoint import load_weights
 
@@ -115,7 +115,7 @@ def read_targets(path: str | Path) -> Targets:
     phrases = tuple(bytes(tensors["phrases"].numpy()).decode().split("\n"))
     if len(phrases) != len(tensors["embeddings"]):
         raise UserError(f"{path}: {len(phrases)} phrases but {len(tensors['embeddings'])} embeddings")
-    return Targets(phrases, tensors["embeddings"])
+    return TeacherTargets(phrases, tensors["embeddings"])
 
 
 LONGEST_DEFINITION = 120  # characters
@@ -144,12 +144,12 @@ def build_phrases(
     supercategory, other nouns by their most common sense if it is a thing one can draw.
 
     Args:
-        wordnet: The dictionary.
-        nouns: Class names.
-        supercategories: One per class.
-        captions: Texts with the one class they name, or None when they name several.
-        definitions: Use only the first so many different definitions (those of the most useful phrases); None: all.
-        seed: Of the prompts drawn.
+        wordnet: the dictionary.
+        nouns: class names.
+        supercategories: one per class.
+        captions: texts with the one class they name, or None when they name several.
+        definitions: use only the first so many different definitions (those of the most useful phrases); None: all.
+        seed: of the prompts drawn.
     """
     rng = random.Random(seed)
     phrases: dict[str, Phrase] = {}

@@ -6,7 +6,7 @@ arithmetic (numpy integers, fixed-point `cv2.remap`, 8-bit blurs and area averag
 on every machine. Sprites are premultiplied RGBA: interpolating them needs no division and gives clean edges.
 
 The pixels are frozen: models were trained on them, and a golden test guards them. New features are options that are off
-    by default.
+by default.
 
 H, W: picture height and width. h, w: patch height and width.
 """
@@ -348,7 +348,7 @@ def shape_sprite(dice: Dice, texture: Sequence[U8]) -> Sprite:
     return Sprite.from_rgba(halve(np.dstack([rgb, mask])))
 
 
-class Stage:
+class Compositor:
     """Lays patches on a canvas and keeps for each pixel which of them is on top."""
 
     def __init__(self, canvas: U8) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pretrain.data import render
 from pretrain.data.caption_templates import caption_for
 from pretrain.data.dice import Dice
-from pretrain.data.render import U8, Patch, Stage, extent
+from pretrain.data.render import U8, Compositor, Patch, extent
 from pretrain.data.rle import JsonRle, encode_mask
 from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
@@ -94,7 +94,9 @@ class SceneSource(StickerSource):
             raise IndexError(f"scene {index} of {self.length}")
         dice = self.dice(SCENE, index)
         height, width = self.size
-        stage = Stage(self.backgrounds.crop(height, width, dice, plain=0.15 if self.split == "train" else 0.0))
+        compositor = Compositor(
+            self.backgrounds.crop(height, width, dice, plain=0.15 if self.split == "train" else 0.0)
+        )
         count, distractors = 3 + dice.below(6), (0, 0, 1, 1, 2, 3)[dice.below(6)]
         order = [self.class_at(index * 8 + k, SCENE) for k in range(count)]
         if dice.chance(0.12):
@@ -102,9 +104,9 @@ class SceneSource(StickerSource):
         todo: list[int | None] = [*order, *[None] * distractors]
         labels: list[int | None] = []
         for position in dice.permutation(len(todo)):
-            if self._add(stage, todo[position], dice):
+            if self._add(compositor, todo[position], dice):
                 labels.append(todo[position])
-        image = self.finish(stage.canvas, dice, soft=0.25, jpeg=0.3 if self.split == "train" else 0.0)
+        image = self.finish(compositor.canvas, dice, soft=0.25, jpeg=0.3 if self.split == "train" else 0.0)
         present = [self.stickers.nouns[label] for label in labels if label is not None]
         caption = caption_for(present, dice)
         keep = [
@@ -112,20 +114,20 @@ class SceneSource(StickerSource):
             for k, label in enumerate(labels)
             if label is not None and (self.labels == "all" or label in self.stickers.base)
         ]
-        masks = np.array([stage.mask(k) for k in keep], bool).reshape(len(keep), height, width)
-        others = [extent(stage.mask(k + 1)) for k, label in enumerate(labels) if label is None]
+        masks = np.array([compositor.mask(k) for k in keep], bool).reshape(len(keep), height, width)
+        others = [extent(compositor.mask(k + 1)) for k, label in enumerate(labels) if label is None]
         return Scene(
             image=image,
             boxes=np.array([extent(mask) for mask in masks], np.float32).reshape(-1, 4),
             masks=masks,
             classes=np.array([labels[k - 1] for k in keep], np.int64),
-            visible=np.array([stage.visible[k] / stage.patch_pixels[k] for k in keep], np.float32),
-            truncated=np.array([stage.truncated[k] for k in keep], bool),
+            visible=np.array([compositor.visible[k] / compositor.patch_pixels[k] for k in keep], np.float32),
+            truncated=np.array([compositor.truncated[k] for k in keep], bool),
             caption=caption,
             distractors=np.array(others, np.float32).reshape(-1, 4),
         )
 
-    def _add(self, stage: Stage, label: int | None, dice: Dice) -> bool:
+    def _add(self, compositor: Compositor, label: int | None, dice: Dice) -> bool:
         """Draw one object and try places for it, smaller each time."""
         sprite = self.distractor(dice) if label is None else self.stickers.draw_class(label, self.split, dice)
         height, width = self.size
@@ -150,7 +152,7 @@ class SceneSource(StickerSource):
             margin = 0.2 if dice.chance(0.2) else 0.0  # one in five may reach over the border
             top = int(dice.uniform(-margin * h, height - h + margin * h))
             left = int(dice.uniform(-margin * w, width - w + margin * w))
-            if stage.place(patch, top, left, harmony=harmony, shadow=shadow):
+            if compositor.place(patch, top, left, harmony=harmony, shadow=shadow):
                 return True
         return False
 

@@ -31,7 +31,7 @@ def expand_braces(pattern: str) -> list[str]:
     """``a-{00..02}.tar`` → a-00.tar, a-01.tar, a-02.tar; ``{x,y}`` → x and y; several groups multiply.
 
     Raises:
-        UserError: A range that runs backwards or gives more than a million names.
+        UserError: a range that runs backwards or gives more than a million names.
     """
     group = re.search(r"\{([^{}]*)\}", pattern)
     if group is None:
@@ -60,10 +60,10 @@ class ShardSet:
     other things that look odd, are told with their number on standard error.
 
     Args:
-        pattern: Path with ``{000..146}``, ``{a,b}`` or wildcards.
+        pattern: path with ``{000..146}``, ``{a,b}`` or wildcards.
 
     Raises:
-        UserError: No such file, no tar file, a compressed one, one cut off or joined to another, or no picture in it.
+        UserError: no such file, no tar file, a compressed one, one cut off or joined to another, or no picture in it.
     """
 
     def __init__(self, pattern: str) -> None:

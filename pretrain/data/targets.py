@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pretrain.data.phrases import Phrase, Targets
+from pretrain.data.phrases import Phrase, TeacherTargets
 from pretrain.engine.errors import UserError
 from pretrain.engine.identity import text_identity
 
@@ -35,19 +35,19 @@ class PhraseSource:
     """Draws phrases with a probability proportional to their weight.
 
     Args:
-        targets: Texts and embeddings; phrases without an embedding of their text are not drawn.
-        phrases: What to learn; None: every text of the targets, alike.
-        tokenize: Texts -> (N, T) tokens, applied once.
-        held_out_share: Share of the phrases that is never drawn.
-        seed: Of the draws.
+        targets: texts and embeddings; phrases without an embedding of their text are not drawn.
+        phrases: what to learn; None: every text of the targets, alike.
+        tokenize: texts -> (N, T) tokens, applied once.
+        held_out_share: share of the phrases that is never drawn.
+        seed: of the draws.
 
     Raises:
-        UserError: Nothing is left to draw, or a definition was never embedded.
+        UserError: nothing is left to draw, or a definition was never embedded.
     """
 
     def __init__(
         self,
-        targets: Targets,
+        targets: TeacherTargets,
         *,
         phrases: Sequence[Phrase] | None,
         tokenize: Callable[[Sequence[str]], Tensor],

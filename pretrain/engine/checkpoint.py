@@ -50,13 +50,13 @@ class Meta(TypedDict, total=False):
     """``meta.json``: what a checkpoint is, and of which run.
 
     Attributes:
-        format: Version of the layout.
-        step: Finished steps.
-        files: Sums of the other files, by name.
-        config: The run's configuration as plain values.
-        inputs: What the run was made from beside it: number and digests of samples, digest of frozen weights.
-        processes: How many there were.
-        torch: Version.
+        format: version of the layout.
+        step: finished steps.
+        files: sums of the other files, by name.
+        config: the run's configuration as plain values.
+        inputs: what the run was made from beside it: number and digests of samples, digest of frozen weights.
+        processes: how many there were.
+        torch: version.
     """
 
     format: int
@@ -79,12 +79,12 @@ class RunState(TypedDict):
     """Everything of a run beside the model: what ``state.pt`` holds.
 
     Attributes:
-        step: Finished steps.
-        draw: Samples drawn.
-        skipped: Non-finite steps in a row.
-        bad_draws: Replaced images, over all processes.
-        optimizer, scaler: Their state dictionaries.
-        ranks: One per process.
+        step: finished steps.
+        draw: samples drawn.
+        skipped: non-finite steps in a row.
+        bad_draws: replaced images, over all processes.
+        optimizer, scaler: their state dictionaries.
+        ranks: one per process.
     """
 
     step: int
@@ -169,12 +169,12 @@ def save_weights(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
     """Write a weight file (safetensors) atomically.
 
     Args:
-        path: The file; its folder is made.
-        tensors: Any names, shapes and types.
-        metadata: Strings that describe the weights.
+        path: the file; its folder is made.
+        tensors: any names, shapes and types.
+        metadata: strings that describe the weights.
 
     Raises:
-        UserError: If it cannot be written; an older file of that name is untouched.
+        UserError: if it cannot be written; an older file of that name is untouched.
     """
     write_atomically(Path(path), pack(tensors, metadata))
 
@@ -201,10 +201,10 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a weight file.
 
     Returns:
-        The tensors (on the CPU) and the metadata that ``save_weights`` was given.
+        the tensors (on the CPU) and the metadata that ``save_weights`` was given.
 
     Raises:
-        UserError: If the file is missing or is not safetensors.
+        UserError: if the file is missing or is not safetensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -261,7 +261,7 @@ def verify(folder: Path) -> Checkpoint:
     """Check sizes and sums of a checkpoint.
 
     Raises:
-        UserError: Naming the file that is missing, torn or changed; or if a newer version of the program wrote it.
+        UserError: naming the file that is missing, torn or changed; or if a newer version of the program wrote it.
     """
     try:
         written = (folder / META).read_bytes()
@@ -286,14 +286,14 @@ def newest(root: Path, *, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint that verifies.
 
     Args:
-        root: The ``checkpoints`` folder.
-        warn: Called for each damaged one that is skipped.
+        root: the ``checkpoints`` folder.
+        warn: called for each damaged one that is skipped.
 
     Returns:
         ``None`` if there is no checkpoint at all.
 
     Raises:
-        UserError: If there are some, all damaged.
+        UserError: if there are some, all damaged.
     """
     folders = step_folders(root)
     for _, folder in reversed(folders):
@@ -310,7 +310,7 @@ def check_free_space(folder: Path, needed: int) -> None:
     """Refuse to start writing without enough free space.
 
     Raises:
-        UserError: If fewer than ``needed`` bytes are free.
+        UserError: if fewer than ``needed`` bytes are free.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -324,15 +324,15 @@ def save(root: Path, *, step: int, model: Mapping[str, object], state: RunState,
     """Write, verify and publish one checkpoint, then delete old ones.
 
     Args:
-        root: The ``checkpoints`` folder.
-        step: Number of finished steps.
-        model: The model's state dictionary; values that are no tensors go to ``state.pt``.
-        state: Everything else; only types that ``torch.load(weights_only=True)`` reads.
+        root: the ``checkpoints`` folder.
+        step: number of finished steps.
+        model: the model's state dictionary; values that are no tensors go to ``state.pt``.
+        state: everything else; only types that ``torch.load(weights_only=True)`` reads.
         meta: JSON values for ``meta.json``.
-        keep: How many checkpoints stay.
+        keep: how many checkpoints stay.
 
     Raises:
-        UserError: If it cannot be written. Older checkpoints are untouched.
+        UserError: if it cannot be written. Older checkpoints are untouched.
     """
     folder, temporary = root / f"step_{step}", root / f".step_{step}.tmp"
     tensors = {name: value for name, value in model.items() if isinstance(value, Tensor)}
@@ -396,10 +396,10 @@ def prune(root: Path, *, newest_step: int, keep: int, later: bool = False) -> No
     A kill between a save and this leaves one too many, so a resumed run does it too.
 
     Args:
-        root: The ``checkpoints`` folder.
-        newest_step: Of the verified one.
-        keep: How many stay.
-        later: Remove those after it too: they are of a discarded or damaged future.
+        root: the ``checkpoints`` folder.
+        newest_step: of the verified one.
+        keep: how many stay.
+        later: remove those after it too: they are of a discarded or damaged future.
     """
     older = [folder for step, folder in step_folders(root) if step < newest_step]
     after = [folder for step, folder in step_folders(root) if step > newest_step] if later else []
@@ -414,7 +414,7 @@ def load_state(checkpoint: Checkpoint) -> tuple[dict[str, Any], RunState]:
     """Read a verified checkpoint.
 
     Returns:
-        The model's state dictionary and the other state, on the CPU.
+        the model's state dictionary and the other state, on the CPU.
     """
     tensors, _ = load_weights(checkpoint.folder / MODEL)
     try:
@@ -439,7 +439,7 @@ def load_model(model: nn.Module, state: dict[str, Any], *, untracked: tuple[str,
     A `Task` first brings the state of an older version up to date (`Task.upgrade`).
 
     Raises:
-        UserError: If names or shapes differ from the model's.
+        UserError: if names or shapes differ from the model's.
     """
     state = model.upgrade(state) if isinstance(model, Task) else state
     load_tensors(model, state, source=where, optional=untracked)

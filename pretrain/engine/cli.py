@@ -26,9 +26,9 @@ from pretrain.engine.errors import ConfigError, did_you_mean
 SectionT = TypeVar("SectionT", bound=Section)
 
 FLAGS = {
-    "check": "Build everything, read two batches, do one step, write nothing, and exit.",
-    "resume": "Resume exactly from the newest good checkpoint in out; refused when training keys changed.",
-    "overwrite": "Start again although out is not empty.",
+    "check": "build everything, read two batches, do one step, write nothing, and exit",
+    "resume": "resume exactly from the newest good checkpoint in out; refused when training keys changed",
+    "overwrite": "start again although out is not empty",
 }
 
 
@@ -57,15 +57,15 @@ def command_line(
     ``--some-key VALUE`` is accepted for every key of the model and means ``some_key=VALUE``.
 
     Args:
-        model: What the command's configuration consists of; the keys of all sections where a key chooses.
-        argv: Arguments after the program name.
-        prog: How the command is called, for the help: ``python -m ovd.train``.
-        doc: What the command does; first paragraph of the help.
-        default_config: File used without ``--config``; ``None``: the defaults of the model alone.
-        flags: Which of ``FLAGS`` the command has.
+        model: what the command's configuration consists of; the keys of all sections where a key chooses.
+        argv: arguments after the program name.
+        prog: how the command is called, for the help: ``python -m ovd.train``.
+        doc: what the command does; first paragraph of the help.
+        default_config: file used without ``--config``; ``None``: the defaults of the model alone.
+        flags: which of ``FLAGS`` the command has.
 
     Raises:
-        ConfigError: With everything wrong on the command line and in the configuration.
+        ConfigError: with everything wrong on the command line and in the configuration.
         SystemExit: 0, after ``--help``, ``--help-all`` or ``--print-config``.
     """
     fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))
@@ -190,14 +190,14 @@ def _chosen(
 def _help(
     model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str], everything: bool
 ) -> str:
-    default = f" Without it: {default_config}." if default_config else ""
+    default = f"; without it: {default_config}" if default_config else ""
     rows = {
-        "--config FILE": f"Configuration; a bare name is looked up under configs/.{default}",
-        "key=value": "Set one key, for example loop.steps=100; a later one wins. --key value is the same.",
-        "--print-config": "Print the resolved configuration as YAML with its hash, and exit.",
+        "--config FILE": f"configuration; a bare name is looked up under configs/{default}",
+        "key=value": "set one key, for example loop.steps=100; the last one wins; --key value is the same",
+        "--print-config": "print the resolved configuration as YAML with its hash, and exit",
         **{f"--{flag}": FLAGS[flag] for flag in flags},
-        "--help SECTION": "The keys of one section below, or one key.",
-        "--help-all": "All keys of all sections.",
+        "--help SECTION": "the keys of one section below, or one key",
+        "--help-all": "all keys of all sections",
     }
     usage = f"usage: {prog} [--config FILE] [key=value ...] [flags]"
     lines = [f"  {name:<18} {text}" for name, text in rows.items()]

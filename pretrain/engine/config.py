@@ -25,7 +25,7 @@ from pretrain.engine.config_explain import explain
 from pretrain.engine.config_schema import (
     FREE,
     LATER,
-    Shape,
+    KeyShape,
     default_of,
     describe,
     field_shape,
@@ -52,6 +52,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    def unread_keys(self) -> tuple[str, ...]:
+        """Keys that a run of this configuration does not read, whatever they name."""
+        return ()
+
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -59,49 +63,49 @@ SectionT = TypeVar("SectionT", bound=Section)
 class LoopConfig(Section):
     """How long, on what, and how often to write."""
 
-    steps: int = Field(ge=1, le=10**9, description="Optimiser steps of the whole run.")
+    steps: int = Field(ge=1, le=10**9, description="optimiser steps of the whole run")
     batch_size: int = Field(
-        ge=1, le=10**6, description="Samples per optimiser step, over all processes and accumulation passes."
+        ge=1, le=10**6, description="samples per optimiser step, over all processes and accumulation passes"
     )
     accumulate: int = Field(
         default=1,
         ge=1,
         le=10**6,
-        description="Forward/backward passes one optimiser step is split into, to save memory.",
+        description="forward/backward passes one optimiser step is split into, to save memory",
     )
     seed: int = Field(
-        default=0, ge=0, le=2**31 - 1, description="Seed of initial weights, sample order and augmentation."
+        default=0, ge=0, le=2**31 - 1, description="seed of initial weights, sample order and augmentation"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="Arithmetic of the forward pass: autocast to bf16 or fp16, or none."
+        default="fp32", description="arithmetic of the forward pass: autocast to bf16 or fp16, or none"
     )
     clip_norm: float | None = Field(
-        default=None, gt=0, description="Largest global L2 norm of the gradient; null: no clipping."
+        default=None, gt=0, description="largest global L2 norm of the gradient; null: no clipping"
     )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto (CUDA when there is one, otherwise CPU), cpu, cuda or cuda:N.",
+        description="auto (CUDA when there is one, otherwise CPU), cpu, cuda or cuda:N",
     )
-    log_every: int = Field(default=20, ge=1, le=10**9, description="Steps between log lines.", json_schema_extra=FREE)
+    log_every: int = Field(default=20, ge=1, le=10**9, description="steps between log lines", json_schema_extra=FREE)
     save_every: int = Field(
-        default=500, ge=1, le=10**9, description="Steps between checkpoints.", json_schema_extra=FREE
+        default=500, ge=1, le=10**9, description="steps between checkpoints", json_schema_extra=FREE
     )
     keep: int = Field(
-        default=2, ge=1, le=10**6, description="Checkpoints to keep, newest first.", json_schema_extra=FREE
+        default=2, ge=1, le=10**6, description="checkpoints to keep, newest first", json_schema_extra=FREE
     )
     workers: int = Field(
         default=1,
         ge=0,
         le=256,
-        description="Processes that prepare samples, per training process; 0: prepare them in the training process.",
+        description="processes that prepare samples, per training process; 0: prepare them in the training process",
         json_schema_extra=FREE,
     )
     threads: int | None = Field(
         default=None,
         ge=1,
         le=1024,
-        description="CPU threads of one operator; null: leave it to torch and OMP_NUM_THREADS.",
+        description="CPU threads of one operator; null: leave it to torch and OMP_NUM_THREADS",
         json_schema_extra=FREE,
     )
 
@@ -117,29 +121,29 @@ class LoopConfig(Section):
 class OptimConfig(Section):
     """Optimiser and learning-rate schedule."""
 
-    name: Literal["adamw", "sgd", "lars"] = Field(default="adamw", description="Optimiser.")
-    lr: float = Field(default=1e-3, gt=0, le=1000, description="Peak learning rate, reached after the warm-up.")
+    name: Literal["adamw", "sgd", "lars"] = Field(default="adamw", description="optimiser")
+    lr: float = Field(default=1e-3, gt=0, le=1000, description="peak learning rate, reached after the warm-up")
     weight_decay: float = Field(
         default=0.0,
         ge=0,
         le=10,
-        description="Weight decay; biases and norm parameters (at most 1-D) get none, but in MoCo, SimSiam and SwAV.",
+        description="weight decay; biases and norm parameters (at most 1-D) get none, but in MoCo, SimSiam and SwAV",
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of sgd and lars.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="momentum of sgd and lars")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        default=(0.9, 0.999), description="Decay of adamw's first and second moment."
+        default=(0.9, 0.999), description="decay of adamw's first and second moment"
     )
-    eps: float = Field(default=1e-8, gt=0, le=1, description="Term in adamw's denominator.")
-    warmup_steps: int = Field(default=0, ge=0, le=10**9, description="Steps of linear warm-up from 0 to lr.")
+    eps: float = Field(default=1e-8, gt=0, le=1, description="term in adamw's denominator")
+    warmup_steps: int = Field(default=0, ge=0, le=10**9, description="steps of linear warm-up from 0 to lr")
     schedule: Literal["cosine", "constant", "step"] = Field(
-        default="cosine", description="Learning rate after the warm-up; step: multiplied by gamma at each milestone."
+        default="cosine", description="learning rate after the warm-up; step: multiplied by gamma at each milestone"
     )
     milestones: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(), description="Steps at which schedule step lowers the learning rate; increasing."
+        default=(), description="steps at which schedule step lowers the learning rate; increasing"
     )
-    gamma: float = Field(default=0.1, gt=0, le=1, description="Factor at each milestone of schedule step.")
+    gamma: float = Field(default=0.1, gt=0, le=1, description="factor at each milestone of schedule step")
     final_lr_ratio: float = Field(
-        default=0.0, ge=0, le=1, description="Learning rate at the last step of schedule cosine, as a share of lr."
+        default=0.0, ge=0, le=1, description="learning rate at the last step of schedule cosine, as a share of lr"
     )
 
     @model_validator(mode="after")
@@ -157,7 +161,7 @@ def check_warmup(loop: LoopConfig, optim: OptimConfig) -> None:
     """For the validator of a configuration that has both sections.
 
     Raises:
-        ValueError: If the warm-up is not over before the last step, so that ``optim.lr`` would never be reached.
+        ValueError: if the warm-up is not over before the last step, so that ``optim.lr`` would never be reached.
     """
     if optim.warmup_steps >= loop.steps:
         raise ValueError(
@@ -179,28 +183,28 @@ def load_config(
     """Read, merge and validate a configuration.
 
     Args:
-        model: The section that describes the whole configuration, or several and the key that chooses.
+        model: the section that describes the whole configuration, or several and the key that chooses.
         path: YAML file, or a name looked up in ``search``; ``None``: defaults and overrides only.
         overrides: ``key.sub=value``; a later one wins. The value is a number, true or false, null, text, or YAML in
             ``[...]``, ``{...}`` or quotes.
-        search: Folders below the current directory and below the repository for names that are not paths.
+        search: folders below the current directory and below the repository for names that are not paths.
 
     Returns:
-        The validated, frozen configuration.
+        the validated, frozen configuration.
 
     Raises:
-        ConfigError: With all problems, each with the file and line, or the override, it comes from.
+        ConfigError: with all problems, each with the file and line, or the override, it comes from.
     """
     texts = list(overrides)
     closing: list[str] = []
     file = None if path is None else find_config(path, search)
     chain, problems = ([], []) if file is None else read_chain(file)
     partial = bool(problems)
-    changes, bad_overrides = read_overrides(texts, lambda old, new: _merge(old, new, Shape()))
+    changes, bad_overrides = read_overrides(texts, lambda old, new: _merge(old, new, KeyShape()))
     problems += bad_overrides
     if isinstance(model, ConfigChoice):
         model = model.choose([*chain, changes])
-    top = Shape((model,))
+    top = KeyShape((model,))
     merged = Item({}, "configuration" if file is None else display_path(file))
     for root in chain:
         merged = Item(_merge(merged, root, top).value, merged.where)
@@ -229,7 +233,7 @@ def _in_order(problems: Iterable[str], overrides: Sequence[str]) -> list[str]:
     return sorted(dict.fromkeys(problems), key=position)
 
 
-def _merge(old: Item, new: Item, shape: Shape) -> Item:
+def _merge(old: Item, new: Item, shape: KeyShape) -> Item:
     """Lay ``new`` over ``old``: mappings key by key, everything else replaced.
 
     A section whose discriminator changes is replaced as a whole: the other variant's keys mean nothing to it.
@@ -244,11 +248,11 @@ def _merge(old: Item, new: Item, shape: Shape) -> Item:
     result = dict(old.value)
     for key, item in new.value.items():
         info = section.model_fields.get(key) if section else None
-        result[key] = _merge(result[key], item, field_shape(info) if info else Shape()) if key in result else item
+        result[key] = _merge(result[key], item, field_shape(info) if info else KeyShape()) if key in result else item
     return Item(result, new.where)
 
 
-def _complete(item: Item, shape: Shape, default: Any) -> Item:
+def _complete(item: Item, shape: KeyShape, default: Any) -> Item:
     """Fill in what a section leaves out.
 
     A section that is absent, or empty (``loop:`` with nothing below it), stands for ``{}``, so that its missing keys
@@ -355,10 +359,10 @@ def changed_keys(
     """Dotted keys whose values differ between two plain configurations, sorted.
 
     Args:
-        old: The recorded configuration (``plain``).
-        new: That of this run.
-        ignore: Dotted keys, or sections, that do not count. A command with more of them passes ``free_keys(model)``.
-        at_default: Keys of ``new`` that ``old`` may lack, because it is older than they are and they have their default
+        old: the recorded configuration (``plain``).
+        new: that of this run.
+        ignore: dotted keys, or sections, that do not count. A command with more of them passes ``free_keys(model)``.
+        at_default: keys of ``new`` that ``old`` may lack, because it is older than they are and they have their default
             (``keys_at_default``).
     """
     ignored, absent = tuple(ignore), object()

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from pretrain.engine.config_schema import (
-    Shape,
+    KeyShape,
     bare,
     element_of,
     field_shape,
@@ -37,13 +37,13 @@ def explain(
     """Every problem of a failed validation, one line each.
 
     Args:
-        error: What pydantic found.
-        model: What was validated against.
-        root: What was validated.
-        partial: Some file could not be read, so keys that seem to be missing may be in it.
+        error: what pydantic found.
+        model: what was validated against.
+        root: what was validated.
+        partial: some file could not be read, so keys that seem to be missing may be in it.
 
     Returns:
-        The problems, and, when there were too many, a last line that says so.
+        the problems, and, when there were too many, a last line that says so.
     """
     entries = error.errors(include_url=False)
     if partial:
@@ -58,13 +58,13 @@ class _Spot:
     """The place an error belongs to."""
 
     path: list[str]  # dotted key
-    shape: Shape  # what the schema allows there
+    shape: KeyShape  # what the schema allows there
     item: Item  # what is there, or the nearest enclosing item
     annotation: Any
     info: FieldInfo | None = None  # the field
     section: type[BaseModel] | None = field(default=None)  # the section around it
 
-    def enter(self, name: str, annotation: Any, shape: Shape) -> bool:
+    def enter(self, name: str, annotation: Any, shape: KeyShape) -> bool:
         """Step into a key or element; whether it is there."""
         self.path.append(name)
         self.annotation, self.shape = annotation, shape
@@ -80,20 +80,20 @@ class _Spot:
 
 def _locate(model: type[BaseModel], root: Item, loc: Sequence[str | int]) -> _Spot:
     """Follow pydantic's location, which also names branches of unions, through the model and the items."""
-    spot = _Spot([], Shape((model,)), root, model)
+    spot = _Spot([], KeyShape((model,)), root, model)
     for step in map(str, loc):
         if spot.shape.discriminator is not None and step in spot.shape.tags():
-            spot.shape = Shape((spot.shape.tags()[step],))
+            spot.shape = KeyShape((spot.shape.tags()[step],))
             continue
         branch = next((s for s in spot.shape.sections if s.__name__ == step and not spot.shape.alone), None)
         if branch is not None:
-            spot.shape = Shape((branch,))
+            spot.shape = KeyShape((branch,))
             continue
         section = spot.shape.choose(None)
         if section is not None and spot.shape.alone:
             spot.section, spot.info = section, section.model_fields.get(step)
             if spot.info is None:
-                spot.enter(step, None, Shape())  # an unknown key
+                spot.enter(step, None, KeyShape())  # an unknown key
                 return spot
             if not spot.enter(step, spot.info.annotation, field_shape(spot.info)):
                 return spot

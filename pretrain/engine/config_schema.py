@@ -75,14 +75,14 @@ def element_of(annotation: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Shape:
+class KeyShape:
     """Sections that a key accepts.
 
     Attributes:
-        sections: The sections it may be: none for a plain value, several when a discriminator chooses.
-        discriminator: Name of the key that chooses.
-        optional: Whether null is allowed.
-        alone: Whether nothing but these sections (and null) is allowed.
+        sections: the sections it may be: none for a plain value, several when a discriminator chooses.
+        discriminator: name of the key that chooses.
+        optional: whether null is allowed.
+        alone: whether nothing but these sections (and null) is allowed.
     """
 
     sections: tuple[type[BaseModel], ...] = ()
@@ -104,15 +104,15 @@ class Shape:
         return self.tags().get(str(value.get(self.discriminator))) if isinstance(value, Mapping) else None
 
 
-def shape_of(annotation: Any, discriminator: Any = None) -> Shape:
-    """The ``Shape`` of an annotation."""
+def shape_of(annotation: Any, discriminator: Any = None) -> KeyShape:
+    """The ``KeyShape`` of an annotation."""
     if typing.get_origin(annotation) is Annotated:
         for extra in typing.get_args(annotation)[1:]:
             if isinstance(extra, FieldInfo | Discriminator):
                 discriminator = extra.discriminator or discriminator
     parts = [bare(member) for member in members(annotation)]
     sections = tuple(part for part in parts if isinstance(part, type) and issubclass(part, BaseModel))
-    return Shape(
+    return KeyShape(
         sections=sections,
         discriminator=discriminator if isinstance(discriminator, str) else None,
         optional=type(None) in parts,
@@ -120,8 +120,8 @@ def shape_of(annotation: Any, discriminator: Any = None) -> Shape:
     )
 
 
-def field_shape(info: FieldInfo) -> Shape:
-    """The ``Shape`` of a field."""
+def field_shape(info: FieldInfo) -> KeyShape:
+    """The ``KeyShape`` of a field."""
     return shape_of(info.annotation, info.discriminator)
 
 
@@ -223,11 +223,11 @@ def describe(model: type[BaseModel], section: str | None = None) -> str:
     """Every key with its type and range, default and meaning, grouped by section, as plain text.
 
     Args:
-        model: What a command's configuration consists of.
-        section: Dotted name of one section or key, to show that alone.
+        model: what a command's configuration consists of.
+        section: dotted name of one section or key, to show that alone.
 
     Raises:
-        ConfigError: When there is no such section or key.
+        ConfigError: when there is no such section or key.
     """
     groups = list(_groups(model))
     if section is None:

@@ -33,7 +33,7 @@ class Item:
     """A value and where it stands.
 
     Attributes:
-        value: A scalar, a list of items or a dict of items.
+        value: a scalar, a list of items or a dict of items.
         where: ``file:line``, or ``override 'key=value'``.
     """
 
@@ -73,7 +73,7 @@ def scalar_from_text(text: str) -> Any:
     """The value of an unquoted YAML scalar.
 
     Raises:
-        ValueError: For an integer beyond Python's digit limit.
+        ValueError: for an integer beyond Python's digit limit.
     """
     for tag, (pattern, _) in _CORE_SCHEMA.items():
         if re.match(pattern, text):
@@ -179,11 +179,11 @@ def read_yaml(text: str, source: str, *, lines: bool = True) -> tuple[Item | Non
 
     Args:
         text: YAML.
-        source: What to call it in messages.
-        lines: Whether line numbers mean something to the reader of a message.
+        source: what to call it in messages.
+        lines: whether line numbers mean something to the reader of a message.
 
     Returns:
-        The root, ``None`` when nothing could be made of it, and the problems found.
+        the root, ``None`` when nothing could be made of it, and the problems found.
     """
 
     def at(line: int) -> str:
@@ -273,11 +273,11 @@ def find_config(path: str | os.PathLike[str], search: Sequence[str | os.PathLike
     """Find a configuration file.
 
     Args:
-        path: A path, or a name looked up in the search folders; ``.yaml`` may be left out.
-        search: Folders below the current directory and below the repository, tried after the path itself.
+        path: a path, or a name looked up in the search folders; ``.yaml`` may be left out.
+        search: folders below the current directory and below the repository, tried after the path itself.
 
     Raises:
-        ConfigError: When there is no such file; the nearest names are suggested.
+        ConfigError: when there is no such file; the nearest names are suggested.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
@@ -348,7 +348,7 @@ def read_chain(path: Path) -> tuple[list[Item], list[str]]:
     """Read a file and, through ``base:``, those it inherits from.
 
     Returns:
-        The roots of the files that could be read, the innermost base first, without ``base``; and the problems.
+        the roots of the files that could be read, the innermost base first, without ``base``; and the problems.
     """
     chain: list[Item] = []
     visited: list[Path] = []

@@ -47,7 +47,7 @@ def setup() -> bool:
     CPU tensors travel over gloo, CUDA tensors over nccl.
 
     Returns:
-        Whether this call joined, so that the caller knows to leave with ``teardown``.
+        whether this call joined, so that the caller knows to leave with ``teardown``.
     """
     if world_size() == 1 or dist.is_initialized():
         return False
@@ -87,10 +87,10 @@ def pick_device(name: str, *, threads: int | None = None) -> torch.device:
 
     Args:
         name: ``auto`` (this process's GPU if there is one, otherwise the CPU) or a torch device name.
-        threads: Of one operator, for the whole process; None: leave it to torch and OMP_NUM_THREADS.
+        threads: of one operator, for the whole process; None: leave it to torch and OMP_NUM_THREADS.
 
     Raises:
-        UserError: If the device does not exist on this machine.
+        UserError: if the device does not exist on this machine.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -133,10 +133,10 @@ def shares(counts: Sequence[float]) -> list[float]:
     """Weights that make the average over the processes of local means the mean over all.
 
     Args:
-        counts: Of each mean of this process, over how many items it was taken; the same means in every process.
+        counts: of each mean of this process, over how many items it was taken; the same means in every process.
 
     Returns:
-        For each, ``count · W / (sum of the counts of all processes)``: 1 in one process, and where nobody has any item.
+        for each, ``count · W / (sum of the counts of all processes)``: 1 in one process, and where nobody has any item.
     """
     totals = all_sum([float(count) for count in counts])
     return [count * world_size() / total if total else 1.0 for count, total in zip(counts, totals, strict=True)]

@@ -42,7 +42,7 @@ class ConfigError(UserError):
     """Everything that is wrong with a configuration.
 
     Attributes:
-        problems: One line per problem, each beginning with where it stands (``file:line`` or the override).
+        problems: one line per problem, each beginning with where it stands (``file:line`` or the override).
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
@@ -58,7 +58,7 @@ class BadImageError(UserError):
     """An image file that cannot be read.
 
     Attributes:
-        path: The file.
+        path: the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str = "cannot be read as an image") -> None:
@@ -144,11 +144,11 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
     """Run a command's ``main`` and end the process with its exit status.
 
     Args:
-        main: Takes the arguments after the program name; returns the exit status, ``None`` meaning 0.
-        argv: Arguments; those of the process when ``None``.
+        main: takes the arguments after the program name; returns the exit status, ``None`` meaning 0.
+        argv: arguments; those of the process when ``None``.
 
     Raises:
-        SystemExit: Always. 2 after a ``UserError`` (printed as ``error: …`` on stderr), 130 after Ctrl-C, 141 when
+        SystemExit: always. 2 after a ``UserError`` (printed as ``error: …`` on stderr), 130 after Ctrl-C, 141 when
             the reader of standard output went away, otherwise what ``main`` returned or raised. Also 2 where the
             machine is at fault (`fault_of_the_machine`, `out_of_memory`). Other exceptions pass.
     """

@@ -75,7 +75,7 @@ def non_finite_samples(processes: Sequence[NonFinite]) -> str:
     """Name the samples of a non-finite step.
 
     Args:
-        processes: What each process saw.
+        processes: what each process saw.
     """
     # Prefer those whose own loss is not finite: after averaging, the gradient is alike everywhere.
     failing = [process for process in processes if not math.isfinite(process["loss"])] or processes
@@ -100,8 +100,8 @@ class Watchdog:
     its rank, its step and the part of the step: the odd one out is the one to look at.
 
     Args:
-        rank: This process.
-        patience: Seconds in one part of a step after which it says so, once for each part.
+        rank: this process.
+        patience: seconds in one part of a step after which it says so, once for each part.
         active: False for a single process.
     """
 

@@ -35,11 +35,11 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
     """Content of a JSON file, or of one that gzip packed (``.json.gz``).
 
     Args:
-        path: The file.
-        hint: What the file is or how to get it, as a sentence without its end; closes every message.
+        path: the file.
+        hint: what the file is or how to get it, as a sentence without its end; closes every message.
 
     Raises:
-        UserError: Missing, a folder, unreadable, not UTF-8, or not JSON (with line and column).
+        UserError: missing, a folder, unreadable, not UTF-8, or not JSON (with line and column).
     """
     path = Path(path)
     closing = f"; {hint}" if hint else ""
@@ -65,11 +65,11 @@ def read_text(path: str | os.PathLike[str], *, hint: str = "") -> str:
     """Content of a UTF-8 text file, without a byte order mark.
 
     Args:
-        path: The file.
-        hint: What the file is, as a sentence without its end; closes every message.
+        path: the file.
+        hint: what the file is, as a sentence without its end; closes every message.
 
     Raises:
-        UserError: Missing, a folder, unreadable, or not UTF-8.
+        UserError: missing, a folder, unreadable, or not UTF-8.
     """
     path = Path(path)
     closing = f"; {hint}" if hint else ""
@@ -229,7 +229,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new content, never a part.
 
     Raises:
-        UserError: If the disk is full or not writable; the old file is untouched.
+        UserError: if the disk is full or not writable; the old file is untouched.
     """
     # Machines may share a folder, and numbers: a random name.
     temporary = path.with_name(fitting_name(f".{path.name}", f".{uuid.uuid4().hex}.tmp"))

@@ -19,13 +19,13 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose ``--help`` shows the common options and whose ``--help-all`` shows the rest.
 
     Args:
-        prog: How the command is called, ``wordbox predict``.
-        description: One or a few lines: what the command does.
-        details: What ``--help-all`` says in place of the description.
-        options: Of `argparse.ArgumentParser`.
+        prog: how the command is called, ``wordbox predict``.
+        description: one or a few lines: what the command does.
+        details: what ``--help-all`` says in place of the description.
+        options: of `argparse.ArgumentParser`.
 
     Attributes:
-        elsewhere: Flags of similar tools → what they are here, for the message about an unknown one.
+        elsewhere: flags of similar tools → what they are here, for the message about an unknown one.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
         """Leave options to ``--help-all``.
 
         Args:
-            names: Their ``dest``.
+            names: their ``dest``.
         """
         by_name = {action.dest: action for action in self._actions}
         for name in names:

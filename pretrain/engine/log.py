@@ -29,10 +29,10 @@ def forecast(steps: int, seconds: float, size: int, out: Path) -> str:
     """How long the rest of a run takes, and what its checkpoints need.
 
     Args:
-        steps: That are left.
-        seconds: Of one.
-        size: Bytes of all checkpoints that lie there at once: one is written before the oldest is deleted.
-        out: Run folder.
+        steps: that are left.
+        seconds: of one.
+        size: bytes of all checkpoints that lie there at once: one is written before the oldest is deleted.
+        out: run folder.
     """
     free = shutil.disk_usage(out).free
     return (
@@ -70,7 +70,7 @@ def rewind(path: Path, *, step: int) -> str | None:
     """Drop lines of a ``.jsonl`` file that are torn, or of steps after ``step``, which will be made again.
 
     Returns:
-        The last line that stays.
+        the last line that stays.
     """
     if not path.is_file():
         return None
@@ -89,10 +89,10 @@ class RunLog:
     """The log of one run; a silent one in the other processes.
 
     Args:
-        out: Run folder; ``None`` writes no file (``--check``).
-        total: Steps of the run.
-        start: Step it starts from.
-        speak: Whether this process writes and prints.
+        out: run folder; ``None`` writes no file (``--check``).
+        total: steps of the run.
+        start: step it starts from.
+        speak: whether this process writes and prints.
     """
 
     def __init__(self, *, out: Path | None, total: int, start: int, speak: bool) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from pretrain.engine import checkpoint, distributed, folder
+from pretrain.engine import checkpoint, distributed, run_folder
 from pretrain.engine.config import FREE_BY_DEFAULT, LoopConfig, OptimConfig
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import (
@@ -67,24 +67,24 @@ def fit(
     """Train ``task`` for ``loop.steps`` steps.
 
     Args:
-        task: The module to train; it is moved to the device. Seed its initial weights with ``seed_everything``.
-        source: Where samples come from.
-        loop: How long, how large, how often.
-        optim: Optimiser and schedule.
-        out: Run folder.
-        record: The whole configuration as plain values; written down, and compared on resume.
-        resume: Continue from the newest good checkpoint in ``out``; begin if there is none.
-        overwrite: Delete an earlier run in ``out`` first.
-        check: Only load two batches and make one step; write nothing.
-        free_keys: Dotted keys of ``record`` that may differ on resume (``config.free_keys(model)``).
-        at_default: Those that an older run need not have recorded (``config.keys_at_default(cfg)``).
+        task: the module to train; it is moved to the device. Seed its initial weights with ``seed_everything``.
+        source: where samples come from.
+        loop: how long, how large, how often.
+        optim: optimiser and schedule.
+        out: run folder.
+        record: the whole configuration as plain values; written down, and compared on resume.
+        resume: continue from the newest good checkpoint in ``out``; begin if there is none.
+        overwrite: delete an earlier run in ``out`` first.
+        check: only load two batches and make one step; write nothing.
+        free_keys: dotted keys of ``record`` that may differ on resume (``config.free_keys(model)``).
+        at_default: those that an older run need not have recorded (``config.keys_at_default(cfg)``).
 
     Returns:
-        Steps, last metrics and folder.
+        steps, last metrics and folder.
 
     Raises:
-        UserError: For anything the user can mend: folder in use, changed config, unreadable data, non-finite loss.
-        Stopped: After SIGTERM or SIGINT (a ``SystemExit`` with 143 or 130); the run has saved and can be resumed.
+        UserError: for anything the user can mend: folder in use, changed config, unreadable data, non-finite loss.
+        Stopped: after SIGTERM or SIGINT (a ``SystemExit`` with 143 or 130); the run has saved and can be resumed.
     """
     out = Path(out)
     with distributed.process_group():
@@ -93,7 +93,7 @@ def fit(
             notes: list[str] = []
             if check:
                 return None, notes
-            start = folder.find_start(
+            start = run_folder.find_start(
                 out,
                 record,
                 free_keys=free_keys,
@@ -106,7 +106,8 @@ def fit(
 
         find_start()  # what is refused writes nothing, not even a lock
         run = _Run(task, source, loop=loop, optim=optim, out=out, record=record, check=check)
-        with Signals() as signals, run.errors_explained(), nullcontext() if check else folder.locked(out) as note, run:
+        lock = nullcontext() if check else run_folder.locked(out)
+        with Signals() as signals, run.errors_explained(), lock as note, run:
             start, notes = find_start()  # again: another training may have been here since
             notes += milestones_without_effect(optim, loop.steps)
             run.begin(start, notes + ([note] if note else []), overwrite=overwrite)
@@ -197,7 +198,7 @@ class _Run:
             data_identity = identity_of(self.data.source) if self.rank == 0 else {}
             self.inputs |= distributed.all_objects(data_identity)[0]
         if start is not None:
-            notes += folder.refuse_other_inputs(start, self.inputs)
+            notes += run_folder.refuse_other_inputs(start, self.inputs)
             model, state = checkpoint.load_state(start)
             checkpoint.load_model(self.task, model, untracked=self.untracked, where=start.folder)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -208,10 +209,10 @@ class _Run:
         distributed.barrier()  # all have read before one writes
         main, out = self.rank == 0, None if self.check else self.out
         if main and out is not None:
-            folder.prepare(out, self.record, device=self.device, overwrite=overwrite)
+            run_folder.prepare(out, self.record, device=self.device, overwrite=overwrite)
             if start is not None:
                 checkpoint.prune(out / "checkpoints", newest_step=start.step, keep=self.loop.keep)
-            self.listed = folder.listed_images(out)
+            self.listed = run_folder.listed_images(out)
         self.log = RunLog(out=out, total=self.loop.steps, start=self.step, speak=main)
         self.metrics = self.log.newest
         for note in notes:
@@ -431,7 +432,7 @@ class _Run:
                     "ranks": ranks,
                 },
                 meta={
-                    "config": folder.as_json(self.record),
+                    "config": run_folder.as_json(self.record),
                     "inputs": self.inputs,
                     "processes": self.world,
                     "torch": torch.__version__,

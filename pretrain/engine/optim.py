@@ -47,11 +47,11 @@ class LARS(torch.optim.Optimizer):
     Groups with ``lars_exclude`` skip the first two lines.
 
     Args:
-        params: Parameters or groups.
-        lr: Learning rate.
-        weight_decay: Decay, before the trust ratio.
-        momentum: Factor of the velocity.
-        eta: Trust coefficient; .001 in both references.
+        params: parameters or groups.
+        lr: learning rate.
+        weight_decay: decay, before the trust ratio.
+        momentum: factor of the velocity.
+        eta: trust coefficient; .001 in both references.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ def default_groups(named: Iterable[tuple[str, nn.Parameter]], *, weight_decay: f
     """Two groups: matrices with weight decay, vectors and scalars (biases, norms, temperatures) without.
 
     Args:
-        named: Names and parameters; frozen ones are left out.
-        weight_decay: For the first group.
+        named: names and parameters; frozen ones are left out.
+        weight_decay: for the first group.
     """
     trained = [p for _, p in named if p.requires_grad]
     groups: list[ParamGroup] = [
@@ -110,7 +110,7 @@ def build_optimizer(param_groups: Iterable[ParamGroup], config: OptimConfig) -> 
     """Build the configured optimiser over the groups (of ``task.param_groups(config)``).
 
     Raises:
-        UserError: If nothing is left to train.
+        UserError: if nothing is left to train.
     """
     groups: list[dict[str, Any]] = [
         {"lr_scale": 1.0, "constant_lr": False, "lars_exclude": False, **group} for group in param_groups
@@ -134,9 +134,9 @@ def lr_at(step: int, config: OptimConfig, *, total: int) -> float:
     over the steps after warm-up and would reach ``final_lr_ratio · lr`` at step ``total``.
 
     Args:
-        step: From 0.
-        config: Schedule and its constants.
-        total: Steps of the whole run.
+        step: from 0.
+        config: schedule and its constants.
+        total: steps of the whole run.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

@@ -60,8 +60,8 @@ class Order:
     """A shuffled order per epoch, without a list: a Feistel network permutes the positions.
 
     Args:
-        length: Number of samples in the source.
-        seed: Orders of different seeds are unrelated.
+        length: number of samples in the source.
+        seed: orders of different seeds are unrelated.
     """
 
     def __init__(self, *, length: int, seed: int) -> None:
@@ -101,15 +101,15 @@ class Microbatches(Dataset[Fetched]):
     """Micro-batch ``k`` of this process, for every ``k = step · accumulate + part``.
 
     Args:
-        source: Where samples come from.
-        seed: Of order and augmentation.
-        batch_size: Samples per optimiser step over all processes.
-        accumulate: Parts into which a step is divided.
-        rank: This process.
-        world_size: Processes; each takes an equal, contiguous share of every part.
+        source: where samples come from.
+        seed: of order and augmentation.
+        batch_size: samples per optimiser step over all processes.
+        accumulate: parts into which a step is divided.
+        rank: this process.
+        world_size: processes; each takes an equal, contiguous share of every part.
 
     Raises:
-        UserError: If the batch does not divide evenly.
+        UserError: if the batch does not divide evenly.
     """
 
     def __init__(
@@ -196,11 +196,11 @@ def batches(data: Microbatches, *, first: int, last: int, workers: int, pin: boo
     """Yield micro-batches ``first … last − 1`` in order; ``close()`` ends the loader processes.
 
     Args:
-        data: The micro-batches.
-        first: Number of the first one; a resumed run simply starts here.
-        last: One past the last.
-        workers: Loader processes; 0 loads in this process. The result does not depend on it.
-        pin: Whether to copy to page-locked memory for a GPU.
+        data: the micro-batches.
+        first: number of the first one; a resumed run simply starts here.
+        last: one past the last.
+        workers: loader processes; 0 loads in this process. The result does not depend on it.
+        pin: whether to copy to page-locked memory for a GPU.
     """
     loader = DataLoader(
         data,

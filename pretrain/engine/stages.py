@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,8 @@ SCRIPTS = {
 """Folder → the script that makes it, of what no configuration does."""
 
 
-def require_stages(cfg: Section, *, unread: Collection[str] = ()) -> None:
+def require_stages(cfg: Section) -> None:
     """Refuse a configuration that names what an earlier stage has not made yet.
-
-    Args:
-        cfg: the configuration.
-        unread: keys that this run does not read, whatever they name.
 
     Raises:
         UserError: naming each key, and the command that makes what it names.
@@ -34,7 +30,7 @@ def require_stages(cfg: Section, *, unread: Collection[str] = ()) -> None:
     missing = [
         (key, value)
         for key, value in _paths(plain(cfg))
-        if key.split(".")[0] not in (*OUTPUTS, *unread) and not Path(value).exists()
+        if key.split(".")[0] not in (*OUTPUTS, *cfg.unread_keys()) and not Path(value).exists()
     ]
     commands = stage_commands() | SCRIPTS if missing else {}
     problems = []

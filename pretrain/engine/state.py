@@ -68,17 +68,17 @@ def load_tensors(
     batch norm takes a dictionary without its statistics for an old file, and sets them to zero and one.
 
     Args:
-        module: To be loaded into.
-        tensors: By name; a dtype that differs is converted.
-        source: Where they come from, for messages.
-        strict: What must be complete: ``both`` sides, all of the ``module``, all of the ``file``, or ``no`` side
+        module: to be loaded into.
+        tensors: by name; a dtype that differs is converted.
+        source: where they come from, for messages.
+        strict: what must be complete: ``both`` sides, all of the ``module``, all of the ``file``, or ``no`` side
             (tensors of another shape are then left out too). Counters of batch norms may always be missing.
-        skip: Prefixes of the module's names that keep their values.
-        optional: Prefixes of the module's names that may be missing under any ``strict``.
-        hint: What to do when it does not fit, for the message.
+        skip: prefixes of the module's names that keep their values.
+        optional: prefixes of the module's names that may be missing under any ``strict``.
+        hint: what to do when it does not fit, for the message.
 
     Raises:
-        UserError: It does not fit; with counts, first names and the first shapes.
+        UserError: it does not fit; with counts, first names and the first shapes.
     """
     target = module.state_dict()
     skipped = skip or ("\0",)  # no name begins with it

@@ -19,9 +19,9 @@ class Task(nn.Module):
     are changed in place.
 
     Attributes:
-        untracked: Prefixes of state that checkpoints leave out, because the caller rebuilds it (a frozen teacher).
-        find_unused_parameters: For DistributedDataParallel: some parameters get no gradient in some steps.
-        check_samples: Samples that suffice for the step of ``--check``; where there is no GPU it takes no more.
+        untracked: prefixes of state that checkpoints leave out, because the caller rebuilds it (a frozen teacher).
+        find_unused_parameters: for DistributedDataParallel: some parameters get no gradient in some steps.
+        check_samples: samples that suffice for the step of ``--check``; where there is no GPU it takes no more.
     """
 
     untracked: tuple[str, ...] = ()

@@ -18,12 +18,12 @@ def open_data(text: str, *, size: int | None, views: int = 2, key: str = "--data
 
     Args:
         text: "sticker_singles"; "cifar:ROOT"; or a folder with `train/CLASS/…` and `val/CLASS/…` (ImageNet's layout).
-        size: Another side.
-        views: Pictures of each sticker.
-        key: Who named them, for messages.
+        size: another side.
+        views: pictures of each sticker.
+        key: who named them, for messages.
 
     Raises:
-        UserError: There is no such data, or the two halves have different classes.
+        UserError: there is no such data, or the two halves have different classes.
     """
     kind, _, root = text.partition(":")
     if text == "sticker_singles":

@@ -103,7 +103,7 @@ def labels(images: ImageSet, indices: Sequence[int]) -> Tensor:
     """Labels (len(indices),).
 
     Raises:
-        UserError: A picture has none.
+        UserError: a picture has none.
     """
     label_N = torch.tensor([images.label(i) for i in indices], dtype=torch.int64)
     if len(label_N) == 0 or int(label_N.min()) < 0:

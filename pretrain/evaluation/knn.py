@@ -50,14 +50,14 @@ class KnnProbe:
     agree on where to stop.
 
     Args:
-        train: Bank.
-        test: Queries.
-        inputs: Size and pixel statistics the backbone expects.
-        seconds: Time budget of one probe.
-        bank: Pictures of the bank, at most.
-        queries: Queries, at most.
-        k: Neighbours.
-        temperature: Of the vote.
+        train: bank.
+        test: queries.
+        inputs: size and pixel statistics the backbone expects.
+        seconds: time budget of one probe.
+        bank: pictures of the bank, at most.
+        queries: queries, at most.
+        k: neighbours.
+        temperature: of the vote.
     """
 
     def __init__(

@@ -66,13 +66,13 @@ def linear_classifier(
     """Train a linear layer on the frozen backbone.
 
     Args:
-        batch_size: Instead of the protocol's; the learning rate follows it.
-        augment: Fresh random crops and flips in every epoch, as the papers do; otherwise the features of the evaluation
+        batch_size: instead of the protocol's; the learning rate follows it.
+        augment: fresh random crops and flips in every epoch, as the papers do; otherwise the features of the evaluation
             view are computed once: far quicker, and a little worse.
-        epochs: Instead of the protocol's.
+        epochs: instead of the protocol's.
 
     Returns:
-        The trained layer.
+        the trained layer.
     """
     indices, device = list(range(len(train))), distributed.device_of(backbone)
     target = labels(train, indices).to(device)

@@ -38,10 +38,10 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, Bac
     """The online backbone of a run (exported, or of its newest checkpoint), or an exported one.
 
     Returns:
-        It, and where it comes from.
+        it, and where it comes from.
 
     Raises:
-        UserError: There is none.
+        UserError: there is none.
     """
     if folder is not None:
         return _exported(folder)

@@ -29,10 +29,10 @@ class BarlowTwins(SelfSupervised[BarlowTwinsMethod]):
     Args:
         backbone: (N, 3, H, W) → (N, width).
         projector: (N, width) → (N, D).
-        augment: One function per view.
-        lambd: Weight of the off-diagonal terms.
-        bias_lr_ratio: Learning rate of biases and norms, in units of that of the weights.
-        gradient_scale: See `pretrain.losses.barlow_twins`.
+        augment: one function per view.
+        lambd: weight of the off-diagonal terms.
+        bias_lr_ratio: learning rate of biases and norms, in units of that of the weights.
+        gradient_scale: see `pretrain.losses.barlow_twins`.
     """
 
     def __init__(

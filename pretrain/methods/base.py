@@ -33,7 +33,7 @@ class SelfSupervised(Task, Generic[ConfigT]):
     Args:
         backbone: (N, 3, H, W) → (N, width); the network that is exported.
         projector: (N, width) → (N, D).
-        augment: One function per view.
+        augment: one function per view.
     """
 
     two_views: ClassVar[bool] = True
@@ -56,13 +56,13 @@ class SelfSupervised(Task, Generic[ConfigT]):
         """The method with fresh weights.
 
         Args:
-            config: Section of the method.
-            backbone: Has its output length as ``width``.
-            augment: One function per view.
-            batch_size: Of one pass, over all processes.
+            config: section of the method.
+            backbone: has its output length as ``width``.
+            augment: one function per view.
+            batch_size: of one pass, over all processes.
 
         Raises:
-            UserError: The batch does not fit the method.
+            UserError: the batch does not fit the method.
         """
         return cls(backbone=backbone, projector=cls.build_projector(config, width_of(backbone)), augment=augment)
 
@@ -81,7 +81,7 @@ class SelfSupervised(Task, Generic[ConfigT]):
         """Each view of the batch, (N, 3, S, S) uint8, through its own augmentation.
 
         Raises:
-            ValueError: The batch has another number of views than the method has augmentations.
+            ValueError: the batch has another number of views than the method has augmentations.
         """
         views = batch["views"]
         if len(views) != len(self.augment):

@@ -30,7 +30,7 @@ from pretrain.engine.errors import UserError
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.base import SelfSupervised, width_of
 from pretrain.methods.byol import BYOL
-from pretrain.methods.memory import refuse_too_wide
+from pretrain.methods.head_memory import refuse_too_wide
 from pretrain.methods.moco import MoCo
 from pretrain.methods.simclr import SimCLR
 from pretrain.methods.simsiam import SimSiam
@@ -57,13 +57,13 @@ def build_method(
     """The method with fresh weights, drawn from torch's generator.
 
     Args:
-        config: Section of the method.
-        batch_size: Of one pass, over all processes.
-        device: Where it will train; several GPUs share their batch norm where the paper's recipe does.
-        more: Methods beside `METHODS`.
+        config: section of the method.
+        batch_size: of one pass, over all processes.
+        device: where it will train; several GPUs share their batch norm where the paper's recipe does.
+        more: methods beside `METHODS`.
 
     Raises:
-        UserError: The batch is too small, the backbone cannot take the views, or the heads are wider than the memory.
+        UserError: the batch is too small, the backbone cannot take the views, or the heads are wider than the memory.
     """
     if batch_size // world_size() < 2:
         raise UserError(f"loop.batch_size: {batch_size} leaves a process one picture; batch norm needs two")

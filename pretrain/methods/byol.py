@@ -32,8 +32,8 @@ class BYOL(SelfSupervised[ByolMethod]):
         backbone: (N, 3, H, W) → (N, width), the online network.
         projector: (N, width) → (N, D).
         predictor: (N, D) → (N, D), online side only.
-        augment: One function per view.
-        momentum: Of the moving average at the first step; it rises to 1 at the last.
+        augment: one function per view.
+        momentum: of the moving average at the first step; it rises to 1 at the last.
     """
 
     def __init__(

@@ -31,14 +31,14 @@ class Clip(Task):
     """One step: captioned pictures in, contrastive loss out.
 
     Args:
-        encoder: Both towers.
-        freeze_text: Do not train the text tower (a projection on top of it is trained still). A frozen tower is left
+        encoder: both towers.
+        freeze_text: do not train the text tower (a projection on top of it is trained still). A frozen tower is left
             out of checkpoints, and loaded when the task is built.
-        same_noun_positive: Captions of the same main noun count as right in equal shares.
-        names: The class names, in the order of ``class_id``; each is one more text for a picture to choose from. None:
+        same_noun_positive: captions of the same main noun count as right in equal shares.
+        names: the class names, in the order of ``class_id``; each is one more text for a picture to choose from. None:
             the captions of the batch only.
-        augmentation: Random changes of the pictures in training.
-        chunk: Encode so many pictures or texts at a time (`encode_in_chunks`); None: all at once.
+        augmentation: random changes of the pictures in training.
+        chunk: encode so many pictures or texts at a time (`encode_in_chunks`); None: all at once.
     """
 
     def __init__(

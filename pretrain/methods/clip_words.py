@@ -37,12 +37,12 @@ class WordClip(Clip):
     """One step: pictures of named things in, contrastive loss over the vocabulary and ConSE's distillation out.
 
     Args:
-        encoder: Image tower of timm, trained text tower; the text is frozen.
-        words: Classes and their lexicon.
-        loss: Weights.
-        classifier: The ImageNet network that the image tower started from, with its classifier; None without ConSE.
-        lr_scale: Learning rate of the image network as a share of the projection's.
-        augmentation: Augmentation of the pictures.
+        encoder: image tower of timm, trained text tower; the text is frozen.
+        words: classes and their lexicon.
+        loss: weights.
+        classifier: the ImageNet network that the image tower started from, with its classifier; None without ConSE.
+        lr_scale: learning rate of the image network as a share of the projection's.
+        augmentation: augmentation of the pictures.
     """
 
     def __init__(

@@ -85,12 +85,12 @@ class MoCo(SelfSupervised[MoCoMethod]):
     Args:
         backbone: (N, 3, H, W) → (N, width), the query encoder.
         projector: (N, width) → (N, D).
-        augment: One function per view: query, key.
+        augment: one function per view: query, key.
         dim: D.
         queue: K.
-        momentum: Of the key encoder.
-        temperature: Of the softmax.
-        symmetric: Each view is query once and key once; the sum of both losses, as in the authors' CIFAR notebook.
+        momentum: of the key encoder.
+        temperature: of the softmax.
+        symmetric: each view is query once and key once; the sum of both losses, as in the authors' CIFAR notebook.
     """
 
     shares_batch_norm = False  # keys are shuffled instead (§3.3)
@@ -127,7 +127,7 @@ class MoCo(SelfSupervised[MoCoMethod]):
         """The method; on one process batch norm is split into groups.
 
         Raises:
-            UserError: The batch does not fit the queue or the groups.
+            UserError: the batch does not fit the queue or the groups.
         """
         splits = checked_splits(config, batch_size)
         backbone = split_batch_norm(backbone, splits)
@@ -225,7 +225,7 @@ def checked_splits(config: MoCoMethod, batch_size: int) -> int:
     """Groups of batch norm on this process.
 
     Raises:
-        UserError: A batch of ``batch_size`` does not fit the queue or the groups.
+        UserError: a batch of ``batch_size`` does not fit the queue or the groups.
     """
     keys = batch_size * (2 if config.symmetric else 1)
     if config.queue < keys:

@@ -29,8 +29,8 @@ class SimCLR(SelfSupervised[SimCLRMethod]):
     Args:
         backbone: (N, 3, H, W) → (N, width).
         projector: (N, width) → (N, D).
-        augment: One function per view.
-        temperature: Of the softmax.
+        augment: one function per view.
+        temperature: of the softmax.
     """
 
     def __init__(

@@ -27,8 +27,8 @@ class SimSiam(SelfSupervised[SimSiamMethod]):
         backbone: (N, 3, H, W) → (N, width).
         projector: (N, width) → (N, D).
         predictor: (N, D) → (N, D).
-        augment: One function per view.
-        constant_predictor_lr: The predictor keeps the first learning rate.
+        augment: one function per view.
+        constant_predictor_lr: the predictor keeps the first learning rate.
         stop_gradient: False reproduces the collapse of table 1.
     """
 

@@ -2,9 +2,9 @@
 """SwAV (Caron et al., arXiv:2006.09882): predict from one view to which prototypes another view was assigned.
 
 Particular to it: the assignment ("code") comes from Sinkhorn-Knopp over the global batch, so that all prototypes are
-    used equally (§3.1), and has no gradient; small crops predict the codes of the big ones, only which have codes
-    (§3.2), with one forward pass per resolution; the prototypes are unit vectors in every forward pass, and frozen for
-    the first steps; a queue of earlier embeddings lets small batches use many prototypes (appendix A).
+used equally (§3.1), and has no gradient; small crops predict the codes of the big ones, only which have codes
+(§3.2), with one forward pass per resolution; the prototypes are unit vectors in every forward pass, and frozen for
+the first steps; a queue of earlier embeddings lets small batches use many prototypes (appendix A).
 
 Shapes: `N` samples of this process, `V` crops, `D` embedding, `K` prototypes, `Q` queue.
 """
@@ -36,16 +36,16 @@ class SwAV(SelfSupervised[SwavMethod]):
     Args:
         backbone: (N, 3, H, W) → (N, width).
         projector: (N, width) → (N, D).
-        augment: One function per crop, the big crops first.
+        augment: one function per crop, the big crops first.
         dim: D, length of the projector's output.
         prototypes: K.
-        big_crops: How many of the crops give codes.
-        temperature: Of the softmax over prototypes.
-        epsilon: Sharpness of the codes; smaller is sharper.
-        iterations: Of Sinkhorn-Knopp.
-        freeze_steps: Optimiser steps before the prototypes begin to learn.
-        queue_length: Earlier embeddings per big crop, over all processes; 0: no queue.
-        queue_start: Optimiser steps before the queue begins to fill; it is used from when it is full.
+        big_crops: how many of the crops give codes.
+        temperature: of the softmax over prototypes.
+        epsilon: sharpness of the codes; smaller is sharper.
+        iterations: of Sinkhorn-Knopp.
+        freeze_steps: optimiser steps before the prototypes begin to learn.
+        queue_length: earlier embeddings per big crop, over all processes; 0: no queue.
+        queue_start: optimiser steps before the queue begins to fill; it is used from when it is full.
     """
 
     two_views = False
@@ -99,7 +99,7 @@ class SwAV(SelfSupervised[SwavMethod]):
         """See `SelfSupervised.from_config`.
 
         Raises:
-            UserError: More prototypes than samples.
+            UserError: more prototypes than samples.
         """
         assigned = batch_size + config.queue_length
         if assigned < config.prototypes:

@@ -22,9 +22,9 @@ class TextDistill(Task):
     """One step: phrases in, distance to the teacher out.
 
     Args:
-        encoder: Its text tower is trained; its embedding must be as long as the teacher's.
-        similarity_weight: See `embedding_distillation`.
-        similarity_temperature: Likewise.
+        encoder: its text tower is trained; its embedding must be as long as the teacher's.
+        similarity_weight: see `embedding_distillation`.
+        similarity_temperature: likewise.
     """
 
     untracked = ("encoder.logit_scale",)

@@ -49,12 +49,12 @@ def build_backbone(config: BackboneConfig, *, sizes: Sequence[int] = (224,)) -> 
     """The named network with fresh weights, drawn from torch's generator; its output length is `.width`.
 
     Args:
-        config: Name, stem, norm.
-        sizes: Sides in pixels of the pictures it will see. Networks with a place for each patch (vision transformers)
+        config: name, stem, norm.
+        sizes: sides in pixels of the pictures it will see. Networks with a place for each patch (vision transformers)
             are built for the first, and answer for the others where the library can move the places.
 
     Raises:
-        UserError: Unknown name, or the network cannot take pictures of these sizes.
+        UserError: unknown name, or the network cannot take pictures of these sizes.
     """
     library, _, name = config.name.rpartition(":")
     if config.name in OWN_RESNETS or library == "detectron2":
@@ -184,12 +184,12 @@ def save_backbone(
     """Write `config.json` and `model.safetensors`.
 
     Args:
-        folder: Created if it is missing.
-        backbone: From `build_backbone`, of this config.
-        config: What it was built from.
-        method: Name of the method that trained it.
-        size: Side of the (first) pictures it was trained on, pixels.
-        mean, std: Of RGB in [0, 1], what its input was normalised with.
+        folder: created if it is missing.
+        backbone: from `build_backbone`, of this config.
+        config: what it was built from.
+        method: name of the method that trained it.
+        size: side of the (first) pictures it was trained on, pixels.
+        mean, std: of RGB in [0, 1], what its input was normalised with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -207,11 +207,11 @@ class BackboneInfo(TypedDict):
     """``config.json`` of an exported backbone.
 
     Attributes:
-        format: Version of the folder.
-        backbone: Its configuration as plain values.
-        method: That trained it.
-        size: Side of the pictures in pixels.
-        mean, std: Of RGB in [0, 1].
+        format: version of the folder.
+        backbone: its configuration as plain values.
+        method: that trained it.
+        size: side of the pictures in pixels.
+        mean, std: of RGB in [0, 1].
     """
 
     format: str
@@ -226,7 +226,7 @@ def load_backbone(folder: str | Path) -> tuple[nn.Module, BackboneInfo]:
     """(backbone in eval mode, the content of its ``config.json``).
 
     Raises:
-        UserError: Something is missing, is of another format or does not fit; never falls back to random weights.
+        UserError: something is missing, is of another format or does not fit; never falls back to random weights.
     """
     folder = Path(folder)
     path = folder / "config.json"

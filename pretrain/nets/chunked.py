@@ -36,10 +36,10 @@ def encode_in_chunks(encode: Callable[..., Tensor], *inputs: Tensor, chunk: int,
     per piece, in the forward pass only.
 
     Args:
-        encode: One or more (n, …) → (n, D), each row by itself; runs twice.
+        encode: one or more (n, …) → (n, D), each row by itself; runs twice.
         inputs: (N, …) each.
-        chunk: Rows of a piece; the last may have fewer.
-        module: What ``encode`` runs, for its buffers.
+        chunk: rows of a piece; the last may have fewer.
+        module: what ``encode`` runs, for its buffers.
 
     Returns:
         (N, D).

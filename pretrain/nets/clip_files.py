@@ -34,7 +34,7 @@ def load_clip_file(path: Path) -> tuple[JointEncoder, str]:
     """A CLIP model from a file of its authors, and a report.
 
     Raises:
-        UserError: It is no CLIP, something of it is missing, or its activation is not known.
+        UserError: it is no CLIP, something of it is missing, or its activation is not known.
     """
     tensors = {key.removeprefix("module."): value for key, value in read_tensors(path).items()}
     model = clip_architecture(tensors, source=str(path))
@@ -56,11 +56,11 @@ def clip_architecture(tensors: Mapping[str, Tensor], *, source: str) -> dict[str
     """open_clip's configuration of a CLIP model, read from the names and shapes of its tensors.
 
     Args:
-        tensors: Under the authors' names (`visual.…`, `transformer.…`, `token_embedding.weight`).
-        source: For messages.
+        tensors: under the authors' names (`visual.…`, `transformer.…`, `token_embedding.weight`).
+        source: for messages.
 
     Raises:
-        UserError: The tensors are not those of a CLIP model with a ViT or with CLIP's own ResNet.
+        UserError: the tensors are not those of a CLIP model with a ViT or with CLIP's own ResNet.
     """
     vit, resnet = "visual.proj" in tensors, "visual.attnpool.positional_embedding" in tensors
     needed = [
@@ -175,7 +175,7 @@ def load_open_clip(spec: str) -> tuple[JointEncoder, str]:
     """`MODEL:WEIGHTS` (see `load_encoder`), and a report.
 
     Raises:
-        UserError: No such model or weights, or they do not fit each other.
+        UserError: no such model or weights, or they do not fit each other.
     """
     settings, path = find_open_clip(spec)
     return _filled(build_open_clip(settings, folder=path.parent), read_tensors(path), path)
@@ -185,7 +185,7 @@ def find_open_clip(spec: str) -> tuple[OpenClipSettings, Path]:
     """Settings of `build_open_clip` for `MODEL:WEIGHTS`, and the file of weights, downloaded where a tag names it.
 
     Raises:
-        UserError: No such model, tag or file, or it cannot be fetched.
+        UserError: no such model, tag or file, or it cannot be fetched.
     """
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg

@@ -26,13 +26,13 @@ def load_encoder(spec: str | Path) -> JointEncoder:
     """Load an encoder in eval mode.
 
     Args:
-        spec: A folder written by `JointEncoder.save` (or the `model.safetensors` in it);
+        spec: a folder written by `JointEncoder.save` (or the `model.safetensors` in it);
             `open_clip:MODEL:WEIGHTS`, where MODEL is one of open_clip's names or a model configuration file (`.json`),
             and WEIGHTS one of its tags (fetched once) or a local `.safetensors`, `.pt` or `.bin` file;
             or a CLIP checkpoint that describes itself (`clip_files.load_clip_file`).
 
     Raises:
-        UserError: Something is missing, does not fit, or cannot be read; never falls back to random weights.
+        UserError: something is missing, does not fit, or cannot be read; never falls back to random weights.
     """
     return read_encoder(spec)[0]
 
@@ -67,7 +67,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """The `config.json` of an encoder folder.
 
     Raises:
-        UserError: It is unreadable or of another format.
+        UserError: it is unreadable or of another format.
     """
     path = Path(folder) / "config.json"
     config = read_json(path)

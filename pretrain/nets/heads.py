@@ -28,16 +28,16 @@ def mlp(
     """Linear layers with norm and ReLU between them: (N, dims[0]) to (N, dims[-1]).
 
     Args:
-        dims: Lengths of input, hidden layers, output.
-        norm: Between the layers. ``gn_ws``: group norm, and standardised weights in the layers before it.
-        bias: Of the layers before the last.
-        last_bias: Of the last layer.
-        last_norm: Batch norm at the end: ``scale`` has a gain and no shift (SimCLR's code), ``plain`` neither (SimSiam,
+        dims: lengths of input, hidden layers, output.
+        norm: between the layers. ``gn_ws``: group norm, and standardised weights in the layers before it.
+        bias: of the layers before the last.
+        last_bias: of the last layer.
+        last_norm: batch norm at the end: ``scale`` has a gain and no shift (SimCLR's code), ``plain`` neither (SimSiam,
             §3 "baseline settings").
-        init_std: Normal initialisation of the weights; None: torch's.
+        init_std: normal initialisation of the weights; None: torch's.
 
     Raises:
-        ValueError: Fewer than two lengths.
+        ValueError: fewer than two lengths.
     """
     if len(dims) < 2:
         raise ValueError(f"a head needs an input and an output length, got {list(dims)}")

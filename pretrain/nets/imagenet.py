@@ -29,7 +29,7 @@ def package_file(package: str, *, key: str = "method.start") -> Path:
     """The one ``.pth`` file of an installed package; ``key``: of the configuration that names it.
 
     Raises:
-        UserError: The package is not installed, or has none or several.
+        UserError: the package is not installed, or has none or several.
     """
     try:
         files = metadata.files(package) or []
@@ -45,12 +45,12 @@ def convert(tensors: Mapping[str, Tensor], network: nn.Module, *, source: str) -
     """Tensors in the order of `network`'s, under its names; counters of batch norms are left out.
 
     Args:
-        tensors: Under any names.
-        network: What they are for.
-        source: For messages.
+        tensors: under any names.
+        network: what they are for.
+        source: for messages.
 
     Raises:
-        UserError: Another number of tensors, another shape, or two names that cannot mean the same. Nothing is loaded.
+        UserError: another number of tensors, another shape, or two names that cannot mean the same. Nothing is loaded.
     """
     loaded = [(name, tensor) for name, tensor in tensors.items() if not name.endswith(COUNTER)]
     target = [(name, tensor) for name, tensor in network.state_dict().items() if not name.endswith(COUNTER)]
@@ -69,7 +69,7 @@ def read_imagenet(package: str, name: str, *, key: str = "method.start") -> nn.M
     """timm's network `name`, with its classifier, and the package's weights; in eval mode; ``key``: see `package_file`.
 
     Raises:
-        UserError: The package is missing or holds another network, or timm has none of this name.
+        UserError: the package is missing or holds another network, or timm has none of this name.
     """
     import timm
 
@@ -87,7 +87,7 @@ def start_tower(tower: nn.Module | None, start: ImageStart, *, name: str) -> Non
     """Give an image tower the package's network, and freeze its first stages.
 
     Raises:
-        UserError: As `read_imagenet`.
+        UserError: as `read_imagenet`.
     """
     if not isinstance(tower, TimmImage):
         raise UserError("method.start needs method.encoder.image of kind timm")

@@ -30,7 +30,7 @@ class ResNet(TorchvisionResNet):
     Args:
         depth: 18, 34, 50 or 101.
         stem: "small" (3x3), "imagenet" (7x7) or "cifar" (3x3, stride 1, no pooling).
-        zero_init: Start every residual block as the identity (last norm's gain 0).
+        zero_init: start every residual block as the identity (last norm's gain 0).
     """
 
     def __init__(

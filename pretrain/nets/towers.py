@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower, TransformerTower, ViTTower
 from pretrain.config_photos import TimmTower
 from pretrain.engine.checkpoint import save_weights
+from pretrain.engine.config import Section
 from pretrain.engine.distributed import device_of
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import write_atomically
@@ -62,7 +63,7 @@ def image_features(encoder: JointEncoder) -> nn.Module:
     """The part of an image tower that a probe measures: a ResNet without its projection, a ViT as it is.
 
     Raises:
-        UserError: This encoder has no image tower.
+        UserError: this encoder has no image tower.
     """
     if encoder.visual is None:
         raise UserError("this encoder knows texts only; a probe needs an image tower")
@@ -160,14 +161,14 @@ class JointEncoder(nn.Module):
     Build one with `build_encoder`, `load_encoder`, or from parts as below. Embeddings are returned unnormalised.
 
     Args:
-        visual: Maps normalised pixels (N, 3, S, S) to (N, D); None: texts only.
-        text: Maps tokens (N, T) to (N, D); None: images only.
-        tokenizer: Maps texts to tokens; None when there is no text tower.
+        visual: maps normalised pixels (N, 3, S, S) to (N, D); None: texts only.
+        text: maps tokens (N, T) to (N, D); None: images only.
+        tokenizer: maps texts to tokens; None when there is no text tower.
         embed_dim: D.
         image_size: S.
-        image_mean: Of the pixels, RGB, 0 to 1.
-        image_std: Likewise.
-        config: What `save` writes so that `load_encoder` can build the same.
+        image_mean: of the pixels, RGB, 0 to 1.
+        image_std: likewise.
+        config: what `save` writes so that `load_encoder` can build the same.
     """
 
     def __init__(
@@ -225,7 +226,7 @@ class JointEncoder(nn.Module):
         """(N, 3, S, S) normalised -> (N, D).
 
         Raises:
-            UserError: This encoder has no image tower.
+            UserError: this encoder has no image tower.
         """
         if self.visual is None:
             raise UserError("this encoder has a text tower only; pretrain/clip.yaml trains an image tower to it")
@@ -241,7 +242,7 @@ class JointEncoder(nn.Module):
         """(N, T) -> (N, D).
 
         Raises:
-            UserError: This encoder has no text tower.
+            UserError: this encoder has no text tower.
         """
         if self.text is None:
             raise UserError("this encoder has an image tower only: it cannot read text")
@@ -288,11 +289,11 @@ class JointEncoder(nn.Module):
         """Write `config.json` and `model.safetensors`.
 
         Args:
-            folder: Created if it is missing.
-            half: Store floating-point weights as float16; they are float32 again after loading.
+            folder: created if it is missing.
+            half: store floating-point weights as float16; they are float32 again after loading.
 
         Returns:
-            The folder.
+            the folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -307,20 +308,22 @@ class JointEncoder(nn.Module):
         return folder
 
 
+TOWERS: Mapping[type[Section], Callable[..., nn.Module]] = {
+    ResNetTower: ResNetImage,
+    ViTTower: _vision_transformer,
+    TimmTower: TimmImage,
+    CbowTower: CbowText,
+    TransformerTower: _text_transformer,
+}
+"""The tower that a section describes, by the section's class."""
+
+
 def build_encoder(config: EncoderConfig) -> JointEncoder:
     """A joint encoder with fresh weights, drawn from torch's generator."""
-    visual: nn.Module | None = None
-    text: nn.Module | None = None
-    if isinstance(config.image, ResNetTower):
-        visual = ResNetImage(tower=config.image, embed_dim=config.embed_dim)
-    elif isinstance(config.image, ViTTower):
-        visual = _vision_transformer(tower=config.image, embed_dim=config.embed_dim)
-    elif isinstance(config.image, TimmTower):
-        visual = TimmImage(tower=config.image, embed_dim=config.embed_dim)
-    if isinstance(config.text, CbowTower):
-        text = CbowText(tower=config.text, embed_dim=config.embed_dim)
-    elif isinstance(config.text, TransformerTower):
-        text = _text_transformer(tower=config.text, embed_dim=config.embed_dim)
+    visual, text = (
+        None if tower is None else TOWERS[type(tower)](tower=tower, embed_dim=config.embed_dim)
+        for tower in (config.image, config.text)
+    )
     if text is not None and config.text_projection:
         text = ProjectedText(text, config.embed_dim)
     return JointEncoder(
@@ -339,7 +342,7 @@ def export_backbone(encoder: JointEncoder) -> dict[str, Tensor]:
     """The ResNet's weights under torchvision's names (`conv1.weight`, `layer1.0.bn1.running_mean`), without the head.
 
     Raises:
-        UserError: The image tower is no ResNet of ours.
+        UserError: the image tower is no ResNet of ours.
     """
     if not isinstance(encoder.visual, ResNetImage):
         kind = type(encoder.visual).__name__
@@ -351,7 +354,7 @@ def copy_tower(target: JointEncoder, source: JointEncoder, *, which: Literal["vi
     """Copy `source`'s "visual" or "text" tower into `target`; a text tower may be put under a fresh projection.
 
     Raises:
-        UserError: A tower is missing, or the two are not built alike.
+        UserError: a tower is missing, or the two are not built alike.
     """
     to, origin = (target.visual, source.visual) if which == "visual" else (target.text, source.text)
     if origin is None or to is None:

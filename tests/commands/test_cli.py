@@ -87,7 +87,7 @@ def test_cli__no_command_prints_help_and_exits_2() -> None:
     assert done.returncode == 2 and done.stdout.startswith("usage: wordbox COMMAND")
 
 
-def test_what_other_tools_call_a_thing_stands_for_something_here() -> None:
+def test_aliases__words_of_other_tools_are_understood() -> None:
     assert set(ELSEWHERE.values()) <= set(COMMANDS) and not set(ELSEWHERE) & set(COMMANDS)
     flags = set(predict.parser().flags())
     assert not set(predict.ELSEWHERE) & flags

@@ -62,7 +62,7 @@ def test_shipped_configs__check_steps_or_names_what_is_missing(
     assert list(tmp_path.iterdir()) == []
 
 
-MODELS = {"pretrain.train": PretrainConfig, "ovd.embed": embed.EmbedConfig, "ovd.train": TRAIN_CONFIGS}
+MODELS: dict[str, Any] = {"pretrain.train": PretrainConfig, "ovd.embed": embed.EmbedConfig, "ovd.train": TRAIN_CONFIGS}
 
 
 def numbers_of(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, int]]:
@@ -74,7 +74,7 @@ def numbers_of(values: dict[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield before + key, len(value)
 
 
-def test_no_list_of_numbers_in_a_configuration_takes_negative_ones() -> None:
+def test_lists_of_numbers__take_no_negative_ones() -> None:
     seen = set()
     for config in CONFIGS:
         model = MODELS[MODULES[config]]
@@ -98,6 +98,6 @@ def test_no_list_of_numbers_in_a_configuration_takes_negative_ones() -> None:
         ("paper/clip.yaml", "method.augment.crop_scale=[1.0, 0.5]"),
     ],
 )
-def test_ranges_that_run_backwards_or_hold_nothing_are_refused(config: str, override: str) -> None:
+def test_ranges__reversed_or_empty_are_refused(config: str, override: str) -> None:
     with pytest.raises(ConfigError, match=override.partition("=")[0].split(".")[-1]):
         load_config(MODELS[MODULES[config]], config, [override])

@@ -110,7 +110,7 @@ def test_read_image__16_bit_greys_are_scaled() -> None:
     assert image[..., 0].tolist() == [[0, 255], [128, 1]]
 
 
-def test_the_grey_that_stands_for_nothing_is_laid_on_white_in_16_bits_too() -> None:
+def test_transparency__a_grey_png_in_16_bits_is_laid_on_white() -> None:
     grey = Image.fromarray(np.array([[20_000, 20_001], [20_000, 65_535]], np.uint16))
     image = read_image(encode(grey, "PNG", transparency=20_000))
     assert image[..., 0].tolist() == [[255, 78], [255, 255]]
@@ -200,7 +200,7 @@ def test_read_image__unreadable_file_is_named(tmp_path: Path, name: str, data: b
 
 @pytest.mark.parametrize("level", [0, 6])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_png_whose_end_was_never_copied_is_refused(share: float, level: int) -> None:
+def test_read_image__a_png_cut_short_is_refused(share: float, level: int) -> None:
     waves = 99 + 99 * np.sin(np.arange(120 * 160 * 3).reshape(120, 160, 3) / 97)
     photo = (waves + np.random.default_rng(0).integers(0, 40, waves.shape)).astype(np.uint8)
     data = encode(Image.fromarray(photo), "PNG", compress_level=level)

@@ -96,7 +96,7 @@ def labelled_in_text(root: Path) -> object:
 
 
 def named_boxes(root: Path) -> object:
-    return photo_words.PhotoWords(
+    return photo_words.PhotoLabels(
         folder=root, annotations=[root / "boxes.json"], labels=None, lexicon=read_lexicon(), part=None, min_score=0.1
     )
 

@@ -177,35 +177,35 @@ def test_scenes__boxes_are_the_extent_of_masks(stickers: Stickers, split: str) -
 
 def test_scenes__mask_covers_the_changed_pixels() -> None:
     canvas = np.zeros((60, 60, 3), np.uint8)
-    stage = render.Stage(canvas)
+    compositor = render.Compositor(canvas)
     square = np.full((20, 20, 4), 255, np.uint8)
-    assert stage.place(render.Patch.of(square), 10, 10)
-    assert np.array_equal(stage.mask(1), canvas[..., 0] == 255)
+    assert compositor.place(render.Patch.of(square), 10, 10)
+    assert np.array_equal(compositor.mask(1), canvas[..., 0] == 255)
 
 
 def test_scenes__occlusion_is_exact() -> None:
-    stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
+    compositor = render.Compositor(np.zeros((60, 60, 3), np.uint8))
     patch = render.Patch.of(np.full((20, 20, 4), 255, np.uint8))
-    assert stage.place(patch, 10, 10) and stage.place(patch, 20, 10)  # the second covers half of the first
-    assert stage.visible[1] == 200 == stage.mask(1).sum() and stage.visible[2] == 400
-    assert render.extent(stage.mask(1)) == (10, 10, 30, 20)
+    assert compositor.place(patch, 10, 10) and compositor.place(patch, 20, 10)  # the second covers half of the first
+    assert compositor.visible[1] == 200 == compositor.mask(1).sum() and compositor.visible[2] == 400
+    assert render.extent(compositor.mask(1)) == (10, 10, 30, 20)
 
 
 def test_scenes__sticker_never_hides_another() -> None:
-    stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
+    compositor = render.Compositor(np.zeros((60, 60, 3), np.uint8))
     patch = render.Patch.of(np.full((20, 20, 4), 255, np.uint8))
-    assert stage.place(patch, 10, 10)
-    before = stage.canvas.copy()
-    assert not stage.place(patch, 14, 10)  # 4 of 20 rows of the first would remain
-    assert np.array_equal(stage.canvas, before) and stage.visible[1:] == [400]
+    assert compositor.place(patch, 10, 10)
+    before = compositor.canvas.copy()
+    assert not compositor.place(patch, 14, 10)  # 4 of 20 rows of the first would remain
+    assert np.array_equal(compositor.canvas, before) and compositor.visible[1:] == [400]
 
 
 @pytest.mark.parametrize(("top", "fits"), [(-10, True), (-14, False), (-40, False), (70, False)])
 def test_scenes__border_counts_as_occlusion(top: int, fits: bool) -> None:
-    stage = render.Stage(np.zeros((60, 60, 3), np.uint8))
-    assert stage.place(render.Patch.of(np.full((20, 20, 4), 255, np.uint8)), top, 10) is fits
+    compositor = render.Compositor(np.zeros((60, 60, 3), np.uint8))
+    assert compositor.place(render.Patch.of(np.full((20, 20, 4), 255, np.uint8)), top, 10) is fits
     if fits:
-        assert stage.visible[1] / stage.patch_pixels[1] == 0.5 and stage.truncated[1]
+        assert compositor.visible[1] / compositor.patch_pixels[1] == 0.5 and compositor.truncated[1]
 
 
 def test_scenes__base_labels_keep_every_pixel(stickers: Stickers) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from ovd.demo import request_queue
 from ovd.demo.address import listen
 from ovd.demo.gradio_environment import prepare_environment
-from ovd.demo.page import Example, build_page, launch_page
+from ovd.demo.page import PageExample, build_page, launch_page
 
 SLOW = 68  # height of pictures that keep the model until FOLDER/go exists
 ASKERS = 24  # whose messages are kept; the page keeps more
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
     offers = [Offer(name=d.card["name"], kind=kind, card=d.card, load=lambda d=d: d)  # type: ignore[misc]
               for d, kind in ((detector, "photos"), (strict, "stickers"))]  # fmt: skip
     manager = ModelManager(detector, {offer.name: offer for offer in offers})
-    page = build_page(Answerer(manager=manager), examples=[Example(folder / "example.png", "red, blue, unicorn")])
+    page = build_page(Answerer(manager=manager), examples=[PageExample(folder / "example.png", "red, blue, unicorn")])
     print(launch_page(page, listener=listen("127.0.0.1", 0)).url, flush=True)
     threading.Event().wait()
 

@@ -130,7 +130,7 @@ def _boxes_detector(boxes: list[list[float]], words: list[str]) -> Regions:
     return Regions(regions=regions, key="", detector=detector)
 
 
-def test_boxes_end_at_the_border_of_the_picture() -> None:
+def test_boxes__end_at_the_border_of_the_picture() -> None:
     """Scaled from the network's input they end 1e-5 pixels behind it, and supervision warns of every tile."""
     detections = _boxes_detector([[-3e-5, 10, 100, 200.00003]], ["red"]).classify("red")
     assert detections.xyxy.tolist() == [[0, 10, 100, 200]]
@@ -169,7 +169,7 @@ def test_threshold__outside_0_to_1_is_refused(threshold: float) -> None:
 
 
 @pytest.mark.parametrize("classes", ["dog", ["dog", "cat"]])
-def test_classes_in_the_place_of_the_threshold_are_told_where_they_go(classes: Any) -> None:
+def test_detect__classes_given_as_the_threshold_are_an_error_that_says_where_they_go(classes: Any) -> None:
     detector = make_detector()
     detector.set_classes("red")
     with pytest.raises(UserError, match=r"threshold is a number .* classes go to set_classes"):
@@ -192,7 +192,7 @@ def test_to_supervision__has_the_same_numbers() -> None:
     assert converted.mask.shape == (2, 120, 160)
 
 
-def test_rows_are_the_columns_of_the_csv() -> None:
+def test_to_rows__has_the_columns_of_the_csv() -> None:
     detections = make_detector().embed(picture()).classify("red, blue")
     rows = json.loads(json.dumps(detections.to_rows()))
     assert [row["class"] for row in rows] == detections.class_name
@@ -202,7 +202,7 @@ def test_rows_are_the_columns_of_the_csv() -> None:
     assert detections[:0].to_rows() == []
 
 
-def test_drawing_and_crops_are_of_the_upright_picture(tmp_path: Path) -> None:
+def test_draw__and_crops_use_the_upright_picture(tmp_path: Path) -> None:
     """What opening the file and cutting it by the boxes gets wrong."""
     turned = Image.fromarray(np.rot90(picture()))
     exif = Image.Exif()
@@ -225,7 +225,7 @@ def test_crops__of_boxes_at_the_border_have_a_pixel() -> None:
     assert [crop.size for crop in detections.crops(picture())] == [(5, 2), (1, 1)]
 
 
-def test_a_picture_of_another_size_is_not_drawn_on() -> None:
+def test_draw__a_picture_of_another_size_is_refused() -> None:
     detections = make_detector().find(picture(), "red")
     for method in (detections.draw, detections.crops):
         with pytest.raises(UserError, match=r"has 120 × 160 pixels, these are detections in 160 × 120"):
@@ -367,7 +367,7 @@ def test_to_rgb__unsupported_file_is_refused(tmp_path: Path, content: bytes) -> 
 
 
 @pytest.mark.parametrize("name", ["clip-photo", "clip-sticker"])
-def test_an_encoder_is_no_detector(name: str) -> None:
+def test_load__an_encoder_is_no_detector(name: str) -> None:
     with pytest.raises(UserError, match=f"{name} is an encoder; the detectors are default, vild-photo"):
         detector_folder(name)
 

@@ -96,7 +96,7 @@ def test_predict__bad_picture_is_listed_and_skipped(photos: Path, tmp_path: Path
     assert len(json.loads((tmp_path / "out" / "images.json").read_text())["images"]) == 3
 
 
-def test_pictures_of_several_frames_or_pages_are_counted(
+def test_predict__counts_pictures_of_several_frames_or_pages(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one, other = Image.fromarray(picture()), Image.fromarray(picture([("red", 5, 5, 60, 60)]))

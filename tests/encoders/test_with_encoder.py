@@ -155,7 +155,7 @@ def test_encoder_flag__is_accepted_by_every_command(clip: str, tmp_path: Path) -
         calibrate.main(given)
 
 
-def test_an_encoder_of_no_known_name_is_told_what_there_is() -> None:
+def test_encoder_name__an_unknown_one_lists_what_there_is() -> None:
     with pytest.raises(UserError, match=r"no encoder 'ViT-B-32'; there is: clip-photo, .*open_clip:MODEL:TAG"):
         resolve_encoder("ViT-B-32")
     with pytest.raises(UserError, match="no encoder 'clip-foto' - did you mean 'clip-photo'"):

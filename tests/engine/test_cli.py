@@ -86,13 +86,13 @@ def problems(*argv: str, flags: tuple[str, ...] = ("check", "resume", "overwrite
 
 
 @pytest.mark.parametrize("config", [["--config", "c.yaml"], ["--config=c.yaml"], ["--config", "c"]])
-def test_config_overrides_and_flags_in_any_order(config: list[str]) -> None:
+def test_arguments__config_overrides_and_flags_in_any_order(config: list[str]) -> None:
     cfg, options = parse("--resume", "loop.steps=5", *config, "--check", "loop.steps=6")
     assert (cfg.out, cfg.loop.steps) == (Path("runs/x"), 6)
     assert options == Options(check=True, resume=True, config=options.config)
 
 
-def test_keys_can_be_given_as_flags() -> None:
+def test_arguments__keys_can_be_flags() -> None:
     cfg, _ = parse(
         "--out", "a b", "--optim.lr=1e-4", "--loop.batch-size", "4", "--eval-only", "--optim.weight_decay", "0.5"
     )
@@ -101,7 +101,7 @@ def test_keys_can_be_given_as_flags() -> None:
     assert parse("--config", "c.yaml", "--eval-only=false")[0].eval_only is False
 
 
-def test_a_default_config_is_used_when_none_is_given() -> None:
+def test_arguments__a_default_config_is_used_when_none_is_given() -> None:
     cfg, options = command_line(Config, [], prog="p", doc="d", default_config="c.yaml")
     assert (cfg.out, options.config) == (Path("runs/x"), "c.yaml")
 
@@ -130,11 +130,11 @@ def test_a_default_config_is_used_when_none_is_given() -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_all_named(argv: list[str], said: list[str]) -> None:
+def test_arguments__all_wrong_ones_are_named(argv: list[str], said: list[str]) -> None:
     assert problems(*argv) == said
 
 
-def test_a_command_without_a_flag_does_not_know_it() -> None:
+def test_arguments__a_flag_of_another_command_is_unknown() -> None:
     assert problems("--resume", flags=()) == ["unknown flag '--resume'; see --help"]
     assert parse("--config", "c.yaml", "--check", flags=("check",))[1].check
 
@@ -148,7 +148,7 @@ def test_cli__configuration_errors_are_one_message() -> None:
 # --- print-config and help -------------------------------------------------------------------------------------------
 
 
-def test_print_config_prints_yaml_that_loads_again_and_the_hash(capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config__prints_yaml_that_loads_again_and_the_hash(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse("--config", "c.yaml", "optim.lr=1e-5", "net={kind: large}", "--print-config")
     assert ended.value.code == 0
@@ -166,12 +166,12 @@ def help_text(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_shows_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help__shows_every_key_with_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys, "--help-all")
     for line in (
         "usage: python -m thing [--config FILE] [key=value ...] [flags]",
         "Does a thing.",
-        "  --resume           Resume exactly from the newest good checkpoint",
+        "  --resume           resume exactly from the newest good checkpoint",
         "  out                   path; required\n                        run folder",
         "net: the network\n  kind chooses which of these keys there are: small, large",
         "net with kind: large - A large network.",
@@ -187,20 +187,20 @@ def test_help_shows_every_key_with_type_default_and_meaning(capsys: pytest.Captu
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_help_shows_the_defaults_of_this_command_not_those_of_the_section(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help__shows_the_defaults_of_this_command_not_those_of_the_section(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys, "--help-all")
     assert "  steps                 integer from 1 to 1000000000; default 77" in text
     assert "  width                 integer >= 1; default 4" in text
 
 
-def test_help_names_the_keys_at_the_top_and_what_shows_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help__names_the_top_keys_and_how_to_see_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_text(capsys, "--help")
     assert "  out                   required: run folder\n  eval_only             do not train\n" in text
     assert "  loop.…                the loop\n" in text and "batch_size" not in text
     assert "  --help-all " in text and "  --help SECTION " in text
 
 
-def test_help_of_one_section_and_of_one_key(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help__of_one_section_and_of_one_key(capsys: pytest.CaptureFixture[str]) -> None:
     section = help_text(capsys, "--config", "nowhere.yaml", "--help", "optim")
     assert section.startswith("optim: the optimiser\n  name")
     assert "batch_size" not in section
@@ -213,7 +213,7 @@ def test_help_of_one_section_and_of_one_key(capsys: pytest.CaptureFixture[str]) 
         parse("--help", "optm")
 
 
-def test_help_is_printed_whatever_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help__is_printed_whatever_else_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage:" in help_text(capsys, "--config", "nowhere.yaml", "a=b", "-h")
 
 
@@ -233,18 +233,18 @@ def sections_of_the_source_tree() -> list[type[Section]]:
     return found
 
 
-def test_every_key_of_every_command_has_a_description() -> None:
+def test_descriptions__every_key_of_every_command_has_one() -> None:
     sections = sections_of_the_source_tree()
     assert {LoopConfig, OptimConfig} <= set(sections)
     assert {s.__name__: undocumented(s) for s in sections if undocumented(s)} == {}
 
 
-def test_every_command_can_describe_and_dump_its_defaults() -> None:
+def test_help__every_command_describes_and_dumps_its_defaults() -> None:
     for section in sections_of_the_source_tree():
         assert describe(section).strip(), section.__name__
 
 
-def test_the_message_in_the_documentation_is_the_real_one() -> None:
+def test_docs__show_the_real_error_message() -> None:
     text = (REPOSITORY / "docs" / "guide" / "cli.md").read_text(encoding="utf-8")
     block = next(block for block in text.split("```")[1::2] if "error: 3 problems" in block)
     _, command, *message = block.strip().splitlines()
@@ -258,7 +258,7 @@ def test_the_message_in_the_documentation_is_the_real_one() -> None:
         assert line == shown or (line.startswith(begin) and line.endswith(end) and "…" in shown)
 
 
-def test_a_key_without_a_description_is_found() -> None:
+def test_descriptions__a_key_without_one_is_found() -> None:
     class Bare(Section):
         """Forgetful."""
 
@@ -269,7 +269,7 @@ def test_a_key_without_a_description_is_found() -> None:
     assert undocumented(Bare) == ["bad", "worse"]
 
 
-def test_help_needs_neither_torch_nor_numpy() -> None:
+def test_help__needs_neither_torch_nor_numpy() -> None:
     code = (
         "import sys; from pretrain.engine import cli, config, errors; print(config.describe(config.LoopConfig));"
         "sys.exit(' '.join(m for m in ('torch', 'numpy', 'detectron2', 'cv2') if m in sys.modules) or 0)"
@@ -288,7 +288,7 @@ def status(main: object, argv: list[str] | None = None) -> object:
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_run_cli_ends_with_what_main_returns(returned: int | None, code: int) -> None:
+def test_run_cli__exits_with_what_main_returns(returned: int | None, code: int) -> None:
     seen: list[list[str]] = []
 
     def main(argv: list[str]) -> int | None:
@@ -299,7 +299,7 @@ def test_run_cli_ends_with_what_main_returns(returned: int | None, code: int) ->
     assert seen == [["a", "b"]]
 
 
-def test_run_cli_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_cli__takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prog", "x"])
     assert status(lambda argv: len(argv)) == 1
 
@@ -315,7 +315,7 @@ def test_run_cli_takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPa
         (BadImageError("a.png"), "error: a.png: cannot be read as an image\n"),
     ],
 )
-def test_a_user_error_is_one_message_and_status_2(
+def test_run_cli__a_user_error_is_one_message_and_status_2(
     error: UserError, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def main(argv: list[str]) -> None:
@@ -325,7 +325,7 @@ def test_a_user_error_is_one_message_and_status_2(
     assert capsys.readouterr() == ("", printed)
 
 
-def test_of_many_processes_one_says_what_is_wrong_with_the_configuration(
+def test_run_cli__one_of_many_processes_reports_a_wrong_configuration(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -340,7 +340,7 @@ def test_of_many_processes_one_says_what_is_wrong_with_the_configuration(
     assert (status(data, []), capsys.readouterr().err) == (2, "error: wrong here\n")
 
 
-def test_other_errors_and_exits_pass_through() -> None:
+def test_run_cli__other_errors_and_exits_pass_through() -> None:
     def fails(argv: list[str]) -> None:
         raise KeyError("a defect")
 
@@ -349,7 +349,7 @@ def test_other_errors_and_exits_pass_through() -> None:
     assert status(lambda argv: sys.exit(143), []) == 143
 
 
-def test_an_interrupt_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_cli__an_interrupt_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
     def main(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
@@ -374,12 +374,12 @@ def test_run_cli__broken_pipe_is_silent() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_a_terminal_without_unicode_gets_escapes_not_a_traceback() -> None:
+def test_run_cli__a_terminal_without_unicode_gets_escapes_not_a_traceback() -> None:
     done = python("def main(argv):\n    print('größe'); raise UserError('größe')\nrun_cli(main, [])", encoding="ascii")
     assert (done.returncode, done.stdout, done.stderr) == (2, "gr\\xf6\\xdfe\n", "error: gr\\xf6\\xdfe\n")
 
 
-def test_bad_image_error_survives_the_way_between_processes() -> None:
+def test_bad_image_error__can_be_copied() -> None:
     import copy
 
     again = copy.copy(BadImageError("a/b.png", "is truncated"))
@@ -429,7 +429,7 @@ def test_run_cli__other_runtime_errors_are_raised() -> None:
         run_cli(fails, [])
 
 
-def test_a_folder_that_cannot_be_copied_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors__a_folder_that_cannot_be_copied_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "from").mkdir()
     (tmp_path / "from" / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(SystemExit) as ended:
@@ -450,7 +450,7 @@ def test_run_cli__other_os_errors_are_raised(error: OSError) -> None:
     assert raised.value is error
 
 
-def test_only_the_libraries_own_old_calls_of_torch_go_without_a_warning() -> None:
+def test_warnings__only_deprecated_calls_inside_libraries_are_silenced() -> None:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         ignore_old_torch_calls()

@@ -38,7 +38,7 @@ def test_read_json__error_has_line_and_column(tmp_path: Path, content: bytes, sa
     assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_missing_files_and_folders_say_what_was_expected(tmp_path: Path) -> None:
+def test_missing_files__say_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"card\.json: no such file; export it again\.$"):
         read_json(tmp_path / "card.json", hint="export it again")
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)\.$"):
@@ -53,13 +53,13 @@ def test_fitting_name__truncates_and_stays_unique(stem: str) -> None:
     assert name != fitting_name(stem + "y", ".jpg")
 
 
-def test_files_with_the_longest_names_are_written(tmp_path: Path) -> None:
+def test_write__takes_the_longest_file_names(tmp_path: Path) -> None:
     path = tmp_path / ("长" * 84 + ".jp")  # 255 bytes
     write_atomically(path, b"x")
     assert path.read_bytes() == b"x" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_reported_before_the_work(tmp_path: Path) -> None:
+def test_write__an_unwritable_folder_is_reported_before_the_work(tmp_path: Path) -> None:
     require_writable(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").touch()
@@ -70,7 +70,7 @@ def test_a_folder_that_cannot_be_written_is_reported_before_the_work(tmp_path: P
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), UserError("no"), KeyError("defect")]
 )
-def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, error: Exception) -> None:
+def test_replace_folder__leaves_it_whole_or_as_it_was(tmp_path: Path, error: Exception) -> None:
     target = tmp_path / "export"
     with whole_folder(target) as fresh:
         (fresh / "a").write_text("first")
@@ -86,7 +86,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, error: Exception) -> Non
     assert [path.name for path in target.iterdir()] == ["b"]
 
 
-def test_ctrl_c_between_the_renames_of_a_folder_keeps_the_old_one(
+def test_replace_folder__ctrl_c_between_the_renames_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "export"
@@ -123,7 +123,7 @@ def test_write_folder__first_of_two_writers_wins(tmp_path: Path, other: dict[str
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_processes_write_and_read_one_folder_at_once(tmp_path: Path) -> None:
+def test_replace_folder__processes_write_and_read_it_at_once(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path

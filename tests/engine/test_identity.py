@@ -94,7 +94,7 @@ def with_identity(**digests: str) -> WithIdentity:
     return source
 
 
-def test_a_resumed_run_refuses_other_data_by_name_and_takes_the_same(tmp_path: Path) -> None:
+def test_identity__a_resumed_run_refuses_other_data_by_name_and_takes_the_same(tmp_path: Path) -> None:
     train(Everything(), tmp_path / "run", with_identity(pictures="1", annotations="2"), steps=4)
     for other in (with_identity(pictures="1", annotations="3"), with_identity(pictures="1")):
         with pytest.raises(
@@ -105,7 +105,7 @@ def test_a_resumed_run_refuses_other_data_by_name_and_takes_the_same(tmp_path: P
     assert train(Everything(), tmp_path / "run", again, steps=8, resume=True, free_keys=("loop.steps",)).step == 8
 
 
-def test_data_that_were_only_copied_are_taken_with_a_warning(tmp_path: Path) -> None:
+def test_identity__copied_data_are_taken_with_a_warning(tmp_path: Path) -> None:
     source, copy = WithIdentity(), WithIdentity()
     source.digests, copy.digests = (
         {"pictures": "1", "pictures" + TIMES: "2"},

@@ -18,7 +18,7 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_libraries_do_without_the_compiler_and_are_whole_afterwards() -> None:
+def test_lazy_compiler__libraries_load_without_it_and_are_whole_afterwards() -> None:
     run("""
 import sys
 from pretrain.engine.loading import without_compiler
@@ -45,7 +45,7 @@ assert torch._dynamo.is_compiling() is False
 
 
 @pytest.mark.parametrize("wanted", ["from torch._dynamo import is_compiling", "import torch._dynamo.config"])
-def test_who_needs_more_of_the_compiler_gets_the_real_one(wanted: str) -> None:
+def test_lazy_compiler__whoever_needs_more_gets_the_real_one(wanted: str) -> None:
     run(f"""
 import sys
 from pretrain.engine.loading import without_compiler
@@ -57,7 +57,7 @@ assert torch._dynamo.is_compiling() is False and torch._dynamo.__file__ and torc
 """)
 
 
-def test_a_detector_is_loaded_without_the_compiler() -> None:
+def test_lazy_compiler__a_detector_loads_without_it() -> None:
     run(f"""
 import sys
 from ovd import Detector
@@ -66,7 +66,7 @@ assert not {{"torch._dynamo", "sympy"}} & set(sys.modules), "more was imported"
 """)
 
 
-def test_nothing_is_searched_for_garbage_until_all_is_loaded() -> None:
+def test_garbage_collection__waits_until_all_is_loaded() -> None:
     run("""
 import gc, weakref
 from pretrain.engine.loading import without_garbage_collection
@@ -102,7 +102,7 @@ assert not gc.isenabled()
 
 
 @pytest.mark.parametrize("end", ["return 0", "raise UserError('no')"])
-def test_a_command_ends_without_a_search_of_all_that_it_loaded(end: str) -> None:
+def test_garbage_collection__a_command_ends_without_a_last_search(end: str) -> None:
     code = f"""
 import gc
 from pretrain.engine.errors import UserError, run_cli

@@ -33,7 +33,7 @@ from pretrain.engine.stages import require_stages, stage_commands
         (embed.main, "embed.yaml", r"proposer: runs/mask_rcnn/exported .*`python -m ovd\.train --config mask_rcnn\."),
     ],
 )  # fmt: skip
-def test_the_command_that_makes_what_is_missing_is_named(
+def test_missing_stage__names_the_command_that_makes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, main: object, config: str, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -43,7 +43,7 @@ def test_the_command_that_makes_what_is_missing_is_named(
 
 
 @pytest.mark.parametrize("config", ["vild_text.yaml", "oracle.yaml"])
-def test_a_variant_that_does_not_distil_needs_no_regions(
+def test_missing_stage__a_variant_without_distillation_needs_no_regions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str
 ) -> None:
     """Embedding them takes longer than its training."""

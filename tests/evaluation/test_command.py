@@ -15,7 +15,7 @@ import pytest
 
 from ovd.evaluate import main
 from ovd.evaluation.coco import evaluate
-from ovd.evaluation.options import Options
+from ovd.evaluation.options import EvaluationOptions
 from pretrain.engine.errors import UserError, run_cli
 from tests.evaluation.cases import random_case
 
@@ -154,7 +154,9 @@ def test_module__runs_from_any_folder(files: dict[str, Any]) -> None:
 
 def test_second_look__is_an_alias_of_crop_refinement() -> None:
     argv = ["--weights", "vild-sticker", "--data", "stickers-val:1"]
-    assert Options.parse([*argv, "--second-look", "3"]) == Options.parse([*argv, "--crop-refinement", "3"])
+    assert EvaluationOptions.parse([*argv, "--second-look", "3"]) == EvaluationOptions.parse(
+        [*argv, "--crop-refinement", "3"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,4 +172,4 @@ def test_second_look__is_an_alias_of_crop_refinement() -> None:
 )
 def test_flags__conflicts_are_refused_before_reading(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        Options.parse(["--weights", "vild-sticker", "--data", "stickers-val:1", *flags])
+        EvaluationOptions.parse(["--weights", "vild-sticker", "--data", "stickers-val:1", *flags])

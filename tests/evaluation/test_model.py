@@ -18,7 +18,7 @@ from ovd.detector import Detector
 from ovd.evaluate import main
 from ovd.evaluation.coco import Metrics, evaluate
 from ovd.evaluation.model import _with_soft_nms
-from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec, Options
+from ovd.evaluation.options import DEFAULT_COUNT, DEFAULT_SEED, DataSpec, EvaluationOptions
 from ovd.evaluation.predictor import Predictor, predictor_for
 from ovd.evaluation.run import run_images, run_source
 from ovd.inference.scoring import RegionSet
@@ -89,7 +89,7 @@ class Oracle:
         return [{k: o[k] for k in keys} | {"score": 1.0} for o in objects if o["category_id"] - 1 in self.known]
 
 
-def test_a_box_that_two_fine_tuned_classes_share_is_proposed_once() -> None:
+def test_fine_tuned_classes__a_box_that_two_share_is_proposed_once() -> None:
     """Listed twice it would draw the warning of results that were put together twice."""
     detector = make_detector(masks=False)
     network = detector.model.regions
@@ -222,18 +222,18 @@ def test_soft_nms__keeps_overlapping_boxes_with_lower_scores() -> None:
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "half"])
 def test_soft_nms__sigma_must_be_above_0(value: str) -> None:
     with pytest.raises(UserError, match="above 0"):
-        Options.parse(["--weights", "default", "--data", "stickers-val", f"--soft-nms={value}"])
+        EvaluationOptions.parse(["--weights", "default", "--data", "stickers-val", f"--soft-nms={value}"])
 
 
 @pytest.mark.parametrize("flags", [["--vild"], ["--queries", "words"]])
 def test_soft_nms__excludes_vild_and_word_queries(flags: list[str]) -> None:
     with pytest.raises(UserError, match="--soft-nms"):
-        Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms", *flags])
-    assert Options.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms"]).soft_nms == 0.5
+        EvaluationOptions.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms", *flags])
+    assert EvaluationOptions.parse(["--weights", "default", "--data", "stickers-val", "--soft-nms"]).soft_nms == 0.5
 
 
 def test_soft_nms__needs_scored_regions() -> None:
-    options = Options.parse(["--weights", "mine", "--data", "stickers-val", "--soft-nms"])
+    options = EvaluationOptions.parse(["--weights", "mine", "--data", "stickers-val", "--soft-nms"])
     with pytest.raises(UserError, match="--soft-nms: mine scores no regions"):
         _with_soft_nms(None, options, {})
 

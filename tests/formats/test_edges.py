@@ -34,13 +34,13 @@ from tests.formats.test_readers import picture, voc, voc_object, yolo
         ("['no', \"0x10\"]", ["no", "0x10"]),
     ],
 )
-def test_class_names_of_a_yaml_stay_as_they_are_written(written: str, meant: list[str], tmp_path: Path) -> None:
+def test_yaml_names__stay_as_they_are_written(written: str, meant: list[str], tmp_path: Path) -> None:
     file = yolo(tmp_path, yaml=f"train: images\nnc: 2\nnames: {written}\n")
     assert sorted(read_labels(file).truth().categories.items()) == [(1, meant[0]), (2, meant[1])]
     assert Vocabulary.load(file).names == tuple(meant)
 
 
-def test_a_json_table_of_names_is_in_the_order_of_its_numbers(tmp_path: Path) -> None:
+def test_json_names__are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     file = tmp_path / "names.json"
     file.write_text(json.dumps({"names": {str(n): f"class {n}" for n in (10, 9, 2)}}))
     assert Vocabulary.load(file).names == ("class 2", "class 9", "class 10")
@@ -60,7 +60,7 @@ def test_data_yaml__invalid_names_are_refused(names: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["classes.txt", "train.txt", "data.yaml", "labels/a.txt"])
 @pytest.mark.parametrize("text", [b"caf\xe9\n", "caf\u00e9\n".encode("utf-16")], ids=["latin-1", "utf-16"])
-def test_a_text_that_is_no_utf_8_is_named(name: str, text: bytes, tmp_path: Path) -> None:
+def test_names_file__that_is_not_utf_8_is_named(name: str, text: bytes, tmp_path: Path) -> None:
     file = yolo(tmp_path, yaml="train: train.txt\nnames: [cat]\n")
     (tmp_path / "train.txt").write_text("images/a.jpg\n")
     if name == "classes.txt":
@@ -70,7 +70,7 @@ def test_a_text_that_is_no_utf_8_is_named(name: str, text: bytes, tmp_path: Path
         read_labels(tmp_path)
 
 
-def test_an_empty_list_of_classes_is_named(tmp_path: Path) -> None:
+def test_names_file__an_empty_list_of_classes_is_named(tmp_path: Path) -> None:
     yolo(tmp_path).unlink()
     (tmp_path / "classes.txt").write_text("\n")
     with pytest.raises(UserError, match=r"classes\.txt: is empty"):
@@ -87,7 +87,7 @@ def test_labels__macos_files_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["gbk", "shift_jis", "utf-8", "latin-1"])
-def test_an_xml_file_is_read_in_the_encoding_that_it_names(encoding: str, tmp_path: Path) -> None:
+def test_xml__is_read_in_the_encoding_that_it_names(encoding: str, tmp_path: Path) -> None:
     name = "caf\u00e9" if encoding == "latin-1" else "\u82b1"
     voc(tmp_path, voc_object())
     head = f'<?xml version="1.0" encoding="{encoding}"?>'
@@ -97,7 +97,7 @@ def test_an_xml_file_is_read_in_the_encoding_that_it_names(encoding: str, tmp_pa
 
 
 @pytest.mark.parametrize("encoding", ["nonsense", "utf-16", "hex"])
-def test_an_xml_file_in_another_encoding_than_it_names_is_refused(encoding: str, tmp_path: Path) -> None:
+def test_xml__in_another_encoding_than_it_names_is_refused(encoding: str, tmp_path: Path) -> None:
     head = f'<?xml version="1.0" encoding="{encoding}"?>'
     with pytest.raises(UserError, match=rf"a\.xml:1: is not in {encoding}"):
         read_labels(voc(tmp_path, voc_object(), head=head))
@@ -106,7 +106,7 @@ def test_an_xml_file_in_another_encoding_than_it_names_is_refused(encoding: str,
 @pytest.mark.parametrize(
     ("text", "noticed"), [(b"caf\xe9\n", False), ("caf\xe9\n".encode("utf-16"), True), (b"b\n", True)]
 )
-def test_a_list_of_a_part_holds_names_as_they_are_on_disk(text: bytes, noticed: bool, tmp_path: Path) -> None:
+def test_split_list__holds_names_as_they_are_on_disk(text: bytes, noticed: bool, tmp_path: Path) -> None:
     (tmp_path / "ImageSets/Main").mkdir(parents=True)
     (tmp_path / "ImageSets/Main/val.txt").write_bytes(text)
     voc(tmp_path, voc_object())
@@ -117,7 +117,7 @@ def test_a_list_of_a_part_holds_names_as_they_are_on_disk(text: bytes, noticed: 
 
 
 @pytest.mark.parametrize("name", ["my photo.jpg", "new\nline.jpg", "caf\udce9.jpg"])
-def test_voc_keeps_the_part_of_a_picture_whatever_its_name(name: str, tmp_path: Path) -> None:
+def test_voc__keeps_the_split_of_a_picture_whatever_its_name(name: str, tmp_path: Path) -> None:
     content = coco_content()
     content["images"][0]["file_name"] = name
     file = make_coco(tmp_path)
@@ -133,7 +133,7 @@ def test_voc_keeps_the_part_of_a_picture_whatever_its_name(name: str, tmp_path: 
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_pictures_in_formats_that_are_not_read_are_counted(listed: bool, tmp_path: Path) -> None:
+def test_pictures__in_formats_that_are_not_read_are_counted(listed: bool, tmp_path: Path) -> None:
     file = yolo(tmp_path)
     picture(tmp_path / "images/b.gif")
     if listed:
@@ -142,7 +142,7 @@ def test_pictures_in_formats_that_are_not_read_are_counted(listed: bool, tmp_pat
     assert "skipped: 1 .gif" in "\n".join(read_labels(file).truth().warnings)
 
 
-def test_a_picture_with_two_ids_is_reported(tmp_path: Path) -> None:
+def test_coco__a_picture_with_two_ids_is_reported(tmp_path: Path) -> None:
     content = coco_content()
     content["images"][2]["file_name"] = content["images"][0]["file_name"]
     file = make_coco(tmp_path)
@@ -150,13 +150,13 @@ def test_a_picture_with_two_ids_is_reported(tmp_path: Path) -> None:
     assert "1 images name a file that another" in "\n".join(read_labels(file, images=tmp_path).truth().warnings)
 
 
-def test_a_folder_of_pictures_is_not_passed_over_for_yolo(tmp_path: Path) -> None:
+def test_yolo__another_folder_of_pictures_than_its_own_is_refused(tmp_path: Path) -> None:
     yolo(tmp_path)
     with pytest.raises(UserError, match=r"elsewhere: .* itself says where"):
         read_labels(tmp_path, images=Path("elsewhere"))
 
 
-def test_pictures_are_found_in_the_part_below_images(tmp_path: Path) -> None:
+def test_yolo__pictures_are_found_in_the_split_below_images(tmp_path: Path) -> None:
     picture(tmp_path / "images/train/a.jpg")
     (tmp_path / "annotations").mkdir()
     content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": []}
@@ -164,7 +164,7 @@ def test_pictures_are_found_in_the_part_below_images(tmp_path: Path) -> None:
     assert read_labels(tmp_path).root == tmp_path / "images/train"
 
 
-def test_pictures_that_a_data_yaml_has_no_part_for_are_reported(
+def test_yolo__pictures_that_data_yaml_has_no_split_for_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = coco_content()
@@ -193,7 +193,7 @@ def test_pictures_that_a_data_yaml_has_no_part_for_are_reported(
         ({**coco_content(), "annotations": [{"image_id": 1, "caption": "a cat"}]}, "a caption"),
     ],
 )
-def test_labels_of_another_kind_are_called_by_their_name(content: object, message: str, tmp_path: Path) -> None:
+def test_labels__of_another_format_are_called_by_its_name(content: object, message: str, tmp_path: Path) -> None:
     file = make_coco(tmp_path)
     file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
@@ -201,7 +201,7 @@ def test_labels_of_another_kind_are_called_by_their_name(content: object, messag
 
 
 @pytest.mark.parametrize("to", ["voc", "cvat", "label-studio"])
-def test_names_that_xml_cannot_hold_do_not_break_the_file(to: str, tmp_path: Path) -> None:
+def test_voc__names_that_xml_cannot_hold_do_not_break_the_file(to: str, tmp_path: Path) -> None:
     content = coco_content()
     content["categories"][0]["name"] = "be\x07ll"
     content["images"][0]["file_name"] = "caf\udce9.jpg"
@@ -225,7 +225,7 @@ def test_coco__invalid_file_name_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme", "cvat", "label-studio", "csv"])
-def test_half_a_character_in_a_class_name_can_be_written(to: str, tmp_path: Path) -> None:
+def test_class_names__half_a_surrogate_pair_can_be_written(to: str, tmp_path: Path) -> None:
     content = coco_content()
     content["categories"][0]["name"] = "cat \ud83d"
     file = make_coco(tmp_path)
@@ -237,12 +237,12 @@ def test_half_a_character_in_a_class_name_can_be_written(to: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("nothing", ["", "~", "null"])
-def test_a_part_without_a_folder_is_no_part(nothing: str, tmp_path: Path) -> None:
+def test_split__without_a_folder_is_no_split(nothing: str, tmp_path: Path) -> None:
     file = yolo(tmp_path, yaml=f"train: images\nval: {nothing}\ntest: {nothing}\nnames: [cat]\n")
     assert len(read_labels(file).content["images"]) == 1
 
 
-def test_a_name_of_aliases_is_not_written_out(tmp_path: Path) -> None:
+def test_yaml_names__nested_aliases_are_not_expanded(tmp_path: Path) -> None:
     levels = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 20)}]\n" for a, b in pairwise("abcdefghij"))
     file = yolo(tmp_path, yaml=f"a: &a [x]\n{levels}names: *j\ntrain: images\n")
     with pytest.raises(UserError, match="names: .* is not a class index") as refused:
@@ -250,7 +250,7 @@ def test_a_name_of_aliases_is_not_written_out(tmp_path: Path) -> None:
     assert len(str(refused.value)) < 500
 
 
-def test_a_picture_of_absurd_size_is_left_out_by_name(tmp_path: Path) -> None:
+def test_voc__a_picture_of_absurd_size_is_left_out_by_name(tmp_path: Path) -> None:
     file = yolo(tmp_path)
     header = struct.pack(">IIBBBBB", 40_000, 40_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
@@ -258,7 +258,7 @@ def test_a_picture_of_absurd_size_is_left_out_by_name(tmp_path: Path) -> None:
     assert "1 pictures cannot be read and are left out" in "\n".join(read_labels(file).notices)
 
 
-def test_backslashes_of_windows_are_pointed_out(tmp_path: Path) -> None:
+def test_coco__windows_backslashes_are_pointed_out(tmp_path: Path) -> None:
     content = coco_content()
     content["images"][0]["file_name"] = "photos\\a.jpg"
     file = make_coco(tmp_path)
@@ -272,7 +272,7 @@ def test_backslashes_of_windows_are_pointed_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", ["640", "640.0", " 640 "])
-def test_a_size_that_is_not_the_pictures_is_refused_however_it_is_written(side: str, tmp_path: Path) -> None:
+def test_voc__a_size_that_is_not_the_pictures_is_refused_however_it_is_written(side: str, tmp_path: Path) -> None:
     file = voc(tmp_path, voc_object()) / "Annotations/a.xml"
     file.write_text(file.read_text().replace("<width>80<", f"<width>{side}<"))
     with pytest.raises(UserError, match="says .* pixels, a.jpg has 80 × 60 upright"):
@@ -286,7 +286,7 @@ def test_voc__a_picture_in_capitals_and_a_difficulty_in_words(tmp_path: Path) ->
     assert [one["iscrowd"] for one in labels.content["annotations"]] == [1, 0]
 
 
-def test_parts_of_one_data_set_may_name_their_pictures_by_their_whole_path(tmp_path: Path) -> None:
+def test_coco__splits_may_name_their_pictures_by_whole_paths(tmp_path: Path) -> None:
     for part in ("train", "valid"):
         path = picture(tmp_path / "photos" / part / "a.jpg")
         content = {"images": [{"id": 1, "file_name": str(path)}], "annotations": [], "categories": []}
@@ -296,7 +296,7 @@ def test_parts_of_one_data_set_may_name_their_pictures_by_their_whole_path(tmp_p
     assert all((labels.root / entry["file_name"]).is_file() for entry in labels.content["images"])
 
 
-def test_two_commands_do_not_convert_into_one_folder(tmp_path: Path) -> None:
+def test_convert__two_commands_do_not_write_into_one_folder(tmp_path: Path) -> None:
     picture(tmp_path / "a.jpg")
     command = [str(make_coco(tmp_path)), "--to", "coco", "--pictures", "none", "--out", str(tmp_path / "out")]
     with alone_in(tmp_path / "out"), pytest.raises(UserError, match="out: another command writes there; wait for it"):
@@ -306,7 +306,7 @@ def test_two_commands_do_not_convert_into_one_folder(tmp_path: Path) -> None:
         main(command)
 
 
-def test_nothing_and_no_folder_are_not_converted(tmp_path: Path) -> None:
+def test_convert__a_missing_folder_or_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     file = make_coco(tmp_path)
     command = [str(file), "--to", "coco", "--out", str(tmp_path / "out")]
     with pytest.raises(UserError, match="--images .*nowhere: no such folder"):
@@ -318,7 +318,7 @@ def test_nothing_and_no_folder_are_not_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme"])
-def test_names_as_long_as_a_file_may_have_are_written(to: str, tmp_path: Path) -> None:
+def test_convert__writes_names_as_long_as_a_file_may_have(to: str, tmp_path: Path) -> None:
     content = coco_content()
     file = make_coco(tmp_path)
     for entry, name in zip(content["images"], ("長" * 83 + ".jpg", "a" * 251 + ".jpg"), strict=False):

@@ -62,7 +62,7 @@ def test_yolo_seg__files_contain_outlines_only(coco: Path, tmp_path: Path, capsy
         ({}, None, "^$"),
     ],
 )
-def test_pictures_that_do_not_fit_their_labels_are_reported(
+def test_read__pictures_that_do_not_fit_their_labels_are_reported(
     coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], entry: dict[str, int], damage: bytes | None,
     said: str,
 ) -> None:  # fmt: skip
@@ -72,7 +72,7 @@ def test_pictures_that_do_not_fit_their_labels_are_reported(
     assert re.search(said, capsys.readouterr().err.strip())
 
 
-def test_the_folder_of_the_pictures_is_found_though_the_first_is_missing(coco: Path, tmp_path: Path) -> None:
+def test_read__finds_the_folder_of_pictures_though_the_first_is_missing(coco: Path, tmp_path: Path) -> None:
     (coco.parent / "images/0.png").unlink()
     (coco.parent / "2.png").write_bytes(b"")  # another file of that name beside the labels
     assert read_labels(coco).root == coco.parent / "images"
@@ -81,7 +81,7 @@ def test_the_folder_of_the_pictures_is_found_though_the_first_is_missing(coco: P
     assert main([str(coco), "--to", "yolo", "--out", str(tmp_path / "out"), "--pictures", "none"]) == 0
 
 
-def test_results_do_not_go_into_the_folder_of_the_pictures(coco: Path) -> None:
+def test_write__results_do_not_go_into_the_folder_of_pictures(coco: Path) -> None:
     with pytest.raises(UserError, match="--out .*images: is the folder of the pictures; give another"):
         PictureFiles.collect([coco.parent / "images"], without=coco.parent / "images")
     assert len(PictureFiles.collect([coco.parent / "images"], without=coco.parent / "images/found")) == 3

@@ -19,7 +19,7 @@ from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
 
 
-def test_boxes_and_scores_go_out_in_every_format(tmp_path: Path) -> None:
+def test_predictions__boxes_and_scores_are_written_in_every_format(tmp_path: Path) -> None:
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     Image.fromarray(picture()).save(photos / "a.png")
@@ -47,7 +47,7 @@ def test_boxes_and_scores_go_out_in_every_format(tmp_path: Path) -> None:
     ("text", "said"),
     [("yolo,pascal", r"--format yolo,pascal: unknown 'pascal'"), ("ylo", "did you mean 'yolo'"), (",", "one or more")],
 )
-def test_unknown_formats_are_refused(text: str, said: str) -> None:
+def test_predictions__unknown_formats_are_refused(text: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         parse_formats(text)
     assert parse_formats("CSV, yolo,csv") == ("csv", "yolo")

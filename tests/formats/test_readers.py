@@ -311,5 +311,5 @@ def test_read_labels__unknown_file_is_refused(text: str, tmp_path: Path) -> None
         ("c:/a", LabelSpec(path=Path("c:/a"))),
     ],
 )
-def test_a_spec_is_kind_path_and_part(text: str, expected: LabelSpec) -> None:
+def test_spec__is_format_path_and_split(text: str, expected: LabelSpec) -> None:
     assert LabelSpec.parse(text) == expected

@@ -38,7 +38,9 @@ def photos(coco: Path) -> str:
 
 
 @pytest.mark.parametrize(("to", "within"), [("coco", 0.001), ("yolo", 0.001), ("yolo-seg", 0.001), ("voc", 0.5)])
-def test_a_data_set_comes_back_as_it_was(to: str, within: float, coco: Path, photos: str, tmp_path: Path) -> None:
+def test_round_trip__a_data_set_comes_back_as_it_was(
+    to: str, within: float, coco: Path, photos: str, tmp_path: Path
+) -> None:
     out = convert(coco, to, tmp_path / "out", "--images", photos)
     for part, stems in (("train", {"a", "b"}), ("val", {"c"}), (None, {"a", "b", "c"})):
         labels = read_labels(out, part=part)
@@ -49,14 +51,16 @@ def test_a_data_set_comes_back_as_it_was(to: str, within: float, coco: Path, pho
 
 
 @pytest.mark.parametrize("way", [("yolo", "voc", "coco"), ("voc", "yolo", "voc"), ("coco", "voc", "yolo")])
-def test_a_chain_of_formats_keeps_every_object(way: tuple[str, ...], coco: Path, photos: str, tmp_path: Path) -> None:
+def test_round_trip__a_chain_of_formats_keeps_every_object(
+    way: tuple[str, ...], coco: Path, photos: str, tmp_path: Path
+) -> None:
     source = convert(coco, way[0], tmp_path / "0", "--images", photos)
     for step, to in enumerate(way[1:], 1):
         source = convert(source, to, tmp_path / str(step), "--pictures", "link")
     assert same(objects(read_labels(source)), EXPECTED, within=0.5)
 
 
-def test_outlines_survive_yolo(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_yolo__keeps_outlines(coco: Path, photos: str, tmp_path: Path) -> None:
     rows, columns = np.mgrid[:60, :80]
     disc = ((rows - 30) ** 2 + (columns - 40) ** 2 < 20**2) | ((rows < 8) & (columns < 9))
     content = coco_content()
@@ -68,7 +72,7 @@ def test_outlines_survive_yolo(coco: Path, photos: str, tmp_path: Path) -> None:
     assert (mask & disc).sum() / (mask | disc).sum() > 0.97
 
 
-def test_outlines_cover_the_pixels_of_a_mask_and_several_become_one() -> None:
+def test_outlines__cover_the_pixels_of_a_mask_and_several_become_one() -> None:
     mask = np.zeros((20, 30), dtype=bool)
     mask[3:9, 4:12] = mask[12:18, 20:29] = True
     polygons = mask_outlines(mask)
@@ -81,7 +85,7 @@ def test_outlines_cover_the_pixels_of_a_mask_and_several_become_one() -> None:
 
 
 @pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
-def test_supervision_reads_the_same(to: str, coco: Path, photos: str, tmp_path: Path) -> None:
+def test_supervision__reads_the_same(to: str, coco: Path, photos: str, tmp_path: Path) -> None:
     sv = pytest.importorskip("supervision")
     out = convert(coco, to, tmp_path / "out", "--images", photos, "--part", "train")
     if to == "coco":
@@ -97,7 +101,7 @@ def test_supervision_reads_the_same(to: str, coco: Path, photos: str, tmp_path: 
     assert same({"a": sorted((name, tuple(box)) for name, box in rows)}, {"a": EXPECTED["a"]}, within=0.5)
 
 
-def test_supervision_reads_labelme(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_labelme__is_read_by_supervision(coco: Path, photos: str, tmp_path: Path) -> None:
     sv = pytest.importorskip("supervision")
     out = convert(coco, "labelme", tmp_path / "out", "--images", photos)
     content = json.loads((out / "a.jpg.json").read_text())
@@ -112,7 +116,7 @@ def test_supervision_reads_labelme(coco: Path, photos: str, tmp_path: Path) -> N
     assert same({"a": sorted((name, tuple(box)) for name, box in rows)}, {"a": EXPECTED["a"]}, within=0.001)
 
 
-def test_pycocotools_reads_what_is_written(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_coco__is_read_by_pycocotools(coco: Path, photos: str, tmp_path: Path) -> None:
     from pycocotools.coco import COCO
 
     out = convert(coco, "coco", tmp_path / "out", "--images", photos)
@@ -121,7 +125,7 @@ def test_pycocotools_reads_what_is_written(coco: Path, photos: str, tmp_path: Pa
     assert all(0 < one["area"] for one in data.loadAnns(data.getAnnIds()))
 
 
-def test_a_data_set_is_handed_to_supervision(coco: Path, photos: str) -> None:
+def test_supervision__takes_a_data_set(coco: Path, photos: str) -> None:
     pytest.importorskip("supervision")
     data = detection_dataset(labelled_pictures(read_labels(coco, images=Path(photos))))
     assert data.classes == list(NAMES) and len(data) == 3
@@ -134,14 +138,14 @@ def test_a_data_set_is_handed_to_supervision(coco: Path, photos: str) -> None:
 # --- files for annotation tools --------------------------------------------------------------------------------------
 
 
-def test_csv_has_a_line_an_object(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_csv__has_a_line_per_object(coco: Path, photos: str, tmp_path: Path) -> None:
     out = convert(coco, "csv", tmp_path / "out", "--images", photos)
     rows = list(csv.DictReader((out / "detections.csv").open(encoding="utf-8")))
     assert len(rows) == 4
     assert rows[1] | {"class": "zebra: crossing", "file": "a.jpg", "x2": "80", "y2": "60", "score": ""} == rows[1]
 
 
-def test_cvat_has_images_labels_and_boxes(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_cvat__has_images_labels_and_boxes(coco: Path, photos: str, tmp_path: Path) -> None:
     root = ET.parse(convert(coco, "cvat", tmp_path / "out", "--images", photos) / "annotations.xml").getroot()
     assert [e.text for e in root.findall("meta/task/labels/label/name")] == list(NAMES)
     image = root.find("image[@name='a.jpg']")
@@ -150,7 +154,7 @@ def test_cvat_has_images_labels_and_boxes(coco: Path, photos: str, tmp_path: Pat
     assert [float(box.get(k, "")) for k in ("xtl", "ytl", "xbr", "ybr")] == [10, 20, 40, 45]
 
 
-def test_label_studio_has_per_cents_of_the_picture(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_label_studio__has_percentages_of_the_picture(coco: Path, photos: str, tmp_path: Path) -> None:
     out = convert(coco, "label-studio", tmp_path / "out", "--images", photos)
     task = json.loads((out / "tasks.json").read_text())[0]
     assert task["data"]["image"].endswith("?d=a.jpg")
@@ -166,14 +170,14 @@ def test_label_studio_has_per_cents_of_the_picture(coco: Path, photos: str, tmp_
 
 
 @pytest.mark.parametrize("place", ["copy", "link", "none"])
-def test_pictures_are_copied_linked_or_left_out(place: str, coco: Path, photos: str, tmp_path: Path) -> None:
+def test_convert__copies_links_or_leaves_out_pictures(place: str, coco: Path, photos: str, tmp_path: Path) -> None:
     out = convert(coco, "yolo", tmp_path / "out", "--images", photos, "--pictures", place)
     picture = out / "images/train/sub/b.png"
     assert (out / "labels/train/sub/b.txt").is_file()
     assert (picture.is_symlink(), picture.exists()) == (place == "link", place != "none")
 
 
-def test_pictures_of_one_stem_get_labels_of_their_own(tmp_path: Path) -> None:
+def test_yolo__pictures_of_one_stem_get_labels_of_their_own(tmp_path: Path) -> None:
     folder, images = tmp_path / "photos", []
     folder.mkdir()
     for number, name in enumerate(("x.png", "x.jpg", "X.bmp"), 1):
@@ -188,7 +192,7 @@ def test_pictures_of_one_stem_get_labels_of_their_own(tmp_path: Path) -> None:
     assert sum(len(rows) for rows in objects(read_labels(out)).values()) == 3
 
 
-def test_crowds_are_difficult_in_voc_and_not_in_yolo(
+def test_crowds__are_difficult_in_voc_and_left_out_of_yolo(
     coco: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = coco_content()
@@ -201,7 +205,7 @@ def test_crowds_are_difficult_in_voc_and_not_in_yolo(
     assert len(yolo.content["annotations"]) == 3 and "1 crowds" in capsys.readouterr().err
 
 
-def test_nothing_is_written_over_or_half(coco: Path, photos: str, tmp_path: Path) -> None:
+def test_convert__overwrites_nothing_and_leaves_nothing_half_written(coco: Path, photos: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")

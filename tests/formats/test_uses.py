@@ -18,7 +18,7 @@ from ovd.embed import PicturesConfig, make_images
 from ovd.evaluate import main as evaluate
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.model import read_data
-from ovd.evaluation.options import Options
+from ovd.evaluation.options import EvaluationOptions
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
@@ -36,7 +36,7 @@ def sets(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", ["yolo", "voc", "auto"])
-def test_training_sees_the_same_pictures_boxes_and_classes(kind: str, sets: dict[str, Path]) -> None:
+def test_training__gets_the_same_pictures_boxes_and_classes(kind: str, sets: dict[str, Path]) -> None:
     annotations = sets["coco"] / "annotations/instances_train.json"
     section = {"kind": "coco", "images": str(sets["coco"] / "images"), "annotations": str(annotations)}
     reference = labelled_images(DataConfig.model_validate(section | {"split": "all", "labels": "all"}))
@@ -52,7 +52,7 @@ def test_training_sees_the_same_pictures_boxes_and_classes(kind: str, sets: dict
 
 
 @pytest.mark.parametrize("kind", ["yolo", "voc", "auto"])
-def test_regions_are_embedded_of_the_pictures_that_are_trained_on(kind: str, sets: dict[str, Path]) -> None:
+def test_embed__covers_the_pictures_that_are_trained_on(kind: str, sets: dict[str, Path]) -> None:
     path = str(sets["voc" if kind == "voc" else "yolo"])
     section = {"kind": kind, "annotations": path}
     trained = labelled_images(DataConfig.model_validate({**section, "split": "all", "labels": "all"}))
@@ -63,7 +63,7 @@ def test_regions_are_embedded_of_the_pictures_that_are_trained_on(kind: str, set
         PicturesConfig.model_validate({"kind": kind})
 
 
-def test_a_part_is_chosen_and_one_that_is_not_there_is_named(sets: dict[str, Path]) -> None:
+def test_split__is_chosen_and_an_absent_one_is_named(sets: dict[str, Path]) -> None:
     section = {"kind": "yolo", "annotations": str(sets["yolo"]), "split": "all", "labels": "all"}
     with pytest.raises(UserError, match="has no annotation that split 'all'"):  # the picture of val shows nothing
         labelled_images(DataConfig.model_validate(section | {"part": "val"}))
@@ -74,9 +74,9 @@ def test_a_part_is_chosen_and_one_that_is_not_there_is_named(sets: dict[str, Pat
 
 
 @pytest.mark.parametrize("kind", ["coco", "yolo", "voc"])
-def test_a_model_is_evaluated_on_the_part_for_it(kind: str, sets: dict[str, Path]) -> None:
+def test_evaluate__takes_the_split_for_it(kind: str, sets: dict[str, Path]) -> None:
     for text, files in ((f"{kind}:{sets[kind]}", {"c.jpg"}), (f"{sets[kind]}:train", {"a.jpg", "b.png"})):
-        pictures = read_data(Options.parse(["--weights", "default", "--data", text]))
+        pictures = read_data(EvaluationOptions.parse(["--weights", "default", "--data", text]))
         assert pictures.gt is not None and pictures.folder is not None
         named = [pictures.folder / entry["file_name"] for entry in pictures.gt["images"]]
         assert all(path.is_file() for path in named)
@@ -114,7 +114,7 @@ def colours(tmp_path: Path) -> Path:
     return tmp_path / "set/data.yaml"
 
 
-def test_scores_are_fitted_on_photographs(colours: Path) -> None:
+def test_calibrate__fits_scores_on_photos(colours: Path) -> None:
     detector = make_detector(cache_size=0)
     fitted, figures, _ = fit_labels(detector, labels_of(str(colours)), count=12)
     assert figures["scenes"] == 12 and figures["average_precision"] > 0.99

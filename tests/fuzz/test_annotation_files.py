@@ -83,7 +83,7 @@ def evaluated(truth: Path, results: Path) -> str | None:
 
 @FUZZ
 @given(file=files(TRUTH))
-def test_evaluation_reads_or_refuses_any_annotation_file(file: tuple[str, bytes]) -> None:
+def test_fuzz__evaluation_reads_or_refuses_any_annotation_file(file: tuple[str, bytes]) -> None:
     with written(*file) as truth, written(".json", b"[]") as results:
         try:
             assert "all" in (evaluated(truth, results) or "")
@@ -93,7 +93,7 @@ def test_evaluation_reads_or_refuses_any_annotation_file(file: tuple[str, bytes]
 
 @FUZZ
 @given(file=files(RESULTS))
-def test_evaluation_reads_or_refuses_any_results_file(file: tuple[str, bytes]) -> None:
+def test_fuzz__evaluation_reads_or_refuses_any_results_file(file: tuple[str, bytes]) -> None:
     with written(".json", json.dumps(TRUTH).encode()) as truth, written(*file) as results:
         try:
             assert "all" in (evaluated(truth, results) or "")
@@ -103,7 +103,7 @@ def test_evaluation_reads_or_refuses_any_results_file(file: tuple[str, bytes]) -
 
 @FUZZ
 @given(file=files(TRUTH), split=st.sampled_from(["all", "ovcoco"]))
-def test_training_and_embedding_read_or_refuse_any_annotation_file(
+def test_fuzz__training_and_embedding_read_or_refuse_any_annotation_file(
     file: tuple[str, bytes], split: str, pictures: Path
 ) -> None:
     with written(*file) as path, contextlib.redirect_stderr(io.StringIO()):

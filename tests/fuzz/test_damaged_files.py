@@ -74,7 +74,7 @@ PICTURES = [encoded(kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "P", "I;16"
 
 @FUZZ
 @given(data=st.sampled_from(PICTURES).flatmap(broken))
-def test_any_picture_is_pixels_or_a_bad_image(data: bytes) -> None:
+def test_fuzz__any_picture_is_pixels_or_a_bad_image(data: bytes) -> None:
     for options in ({}, {"alpha": True}, {"max_side": 8}):
         with written("picture.jpg", data) as path:
             try:
@@ -106,7 +106,7 @@ WEIGHTS = [
 
 @FUZZ
 @given(data=st.sampled_from(WEIGHTS).flatmap(broken), name=st.sampled_from(["w.safetensors", "w.pth"]))
-def test_any_weight_file_is_tensors_or_one_line(data: bytes, name: str) -> None:
+def test_fuzz__any_weight_file_is_tensors_or_one_line(data: bytes, name: str) -> None:
     with written(name, data) as path:
         try:
             assert all(isinstance(value, torch.Tensor) for value in read_tensors(path).values())
@@ -126,7 +126,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @FUZZ
 @given(data=st.data(), name=st.sampled_from(["meta.json", "model.safetensors", "state.pt"]))
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_read(run: Path, data: st.DataObject, name: str) -> None:
+def test_fuzz__a_damaged_checkpoint_is_noticed_and_the_one_before_is_read(
+    run: Path, data: st.DataObject, name: str
+) -> None:
     file = run / "step_2" / name
     good = file.read_bytes()
     damaged = data.draw(broken(good))
@@ -166,7 +168,7 @@ WORDS = [
 @example(data=b"names: &a\n  - *a", suffix=".yaml")
 @example(data=b"[" * 5000, suffix=".yaml")
 @example(data=b'{"categories": null}', suffix=".json")
-def test_any_word_list_is_words_that_come_back_or_one_line(data: bytes, suffix: str) -> None:
+def test_fuzz__any_word_list_is_words_that_round_trip_or_one_line(data: bytes, suffix: str) -> None:
     with written(f"words{suffix}", data) as path:
         try:
             words = Vocabulary.load(path)
@@ -188,7 +190,7 @@ CONFIGS = [
 
 @FUZZ
 @given(data=st.data(), which=st.sampled_from(range(len(CONFIGS))))
-def test_any_configuration_is_read_or_every_mistake_is_named(data: st.DataObject, which: int) -> None:
+def test_fuzz__any_configuration_is_read_or_every_mistake_is_named(data: st.DataObject, which: int) -> None:
     model, name = CONFIGS[which]
     content = yaml.safe_load(find_config(name).read_text())
     content.pop("base", None)
@@ -229,7 +231,7 @@ def content_of(store: Path) -> list[Any]:
 
 @FUZZ
 @given(data=st.data())
-def test_a_damaged_store_is_refused_found_by_verify_or_the_same(store: Path, data: st.DataObject) -> None:
+def test_fuzz__a_damaged_store_is_refused_found_by_verify_or_unchanged(store: Path, data: st.DataObject) -> None:
     whole = content_of(store)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(store, Path(folder) / "store"))

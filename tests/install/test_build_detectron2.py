@@ -71,7 +71,7 @@ def run_script(*args: str, path: Path | None = None) -> subprocess.CompletedProc
     )
 
 
-def test_wrong_hash_is_refused_and_nothing_written(tmp_path: Path) -> None:
+def test_download__a_wrong_hash_is_refused_and_nothing_written(tmp_path: Path) -> None:
     archive, _ = make_archive(tmp_path)
     wheels = tmp_path / "wheels"
     done = run_script("--archive", str(archive), "--wheel-dir", str(wheels))
@@ -83,7 +83,7 @@ def test_wrong_hash_is_refused_and_nothing_written(tmp_path: Path) -> None:
     assert not wheels.exists()
 
 
-def test_wrong_hash_is_refused_before_pip_is_asked_to_install(
+def test_download__a_wrong_hash_is_refused_before_pip_installs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive, _ = make_archive(tmp_path)
@@ -95,7 +95,7 @@ def test_wrong_hash_is_refused_before_pip_is_asked_to_install(
     assert "SHA-256" in capsys.readouterr().err
 
 
-def test_pip_is_given_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download__pip_gets_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip must refuse another file before it runs that file's setup.py, and no index may be named here."""
     seen: dict[str, str] = {}
 
@@ -111,7 +111,7 @@ def test_pip_is_given_the_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "http" not in seen["command"] and "index" not in seen["command"]
 
 
-def test_importable_detectron2_is_used_untouched(tmp_path: Path) -> None:
+def test_present_build__an_importable_detectron2_is_left_alone(tmp_path: Path) -> None:
     package = tmp_path / "detectron2"
     for name in ("modeling", "data"):
         (package / name).mkdir(parents=True)
@@ -126,7 +126,7 @@ def test_importable_detectron2_is_used_untouched(tmp_path: Path) -> None:
     assert sorted(path for path in package.rglob("*.py")) == before
 
 
-def test_broken_foreign_detectron2_is_left_alone_and_reported(tmp_path: Path) -> None:
+def test_present_build__a_broken_foreign_detectron2_is_left_alone_and_reported(tmp_path: Path) -> None:
     (tmp_path / "detectron2").mkdir()
     (tmp_path / "detectron2" / "__init__.py").write_text("import a_module_that_is_missing\n")
     archive, _ = make_archive(tmp_path)
@@ -135,7 +135,9 @@ def test_broken_foreign_detectron2_is_left_alone_and_reported(tmp_path: Path) ->
     assert "does not import" in done.stderr and "a_module_that_is_missing" in done.stderr and "--force" in done.stderr
 
 
-def test_an_empty_left_over_folder_is_no_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_present_build__an_empty_left_over_folder_is_no_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "detectron2" / "__pycache__").mkdir(parents=True)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     # Without site-packages (-S) the only detectron2 on the path is the left-over folder.
@@ -146,7 +148,7 @@ def test_an_empty_left_over_folder_is_no_installation(tmp_path: Path, monkeypatc
     assert build.find_installed() is None
 
 
-def test_patches_change_what_was_removed_and_nothing_else(tmp_path: Path) -> None:
+def test_patches__change_what_was_removed_and_nothing_else(tmp_path: Path) -> None:
     archive, digest = make_archive(tmp_path)
     wheel = build.build_wheel(archive, tmp_path, expected_sha256=digest)
     with zipfile.ZipFile(wheel) as files:
@@ -169,14 +171,14 @@ def test_patches_change_what_was_removed_and_nothing_else(tmp_path: Path) -> Non
         ("detectron2/model_zoo/model_zoo.py", "import os\n", "pkg_resources"),
     ],
 )
-def test_a_patch_that_matches_nothing_is_an_error(tmp_path: Path, file: str, text: str, patch: str) -> None:
+def test_patches__one_that_matches_nothing_is_an_error(tmp_path: Path, file: str, text: str, patch: str) -> None:
     archive, digest = make_archive(tmp_path, {**FILES, file: text})
     with pytest.raises(build.Refused, match=f"match nothing.*{patch}"):
         build.build_wheel(archive, tmp_path / "wheels", expected_sha256=digest)
     assert not (tmp_path / "wheels").exists()
 
 
-def test_archive_without_the_package_and_file_that_is_no_archive(tmp_path: Path) -> None:
+def test_archive__without_the_package_or_damaged_is_refused(tmp_path: Path) -> None:
     archive, digest = make_archive(tmp_path, {"setup.py": ""})
     with pytest.raises(build.Refused, match="holds no detectron2 package"):
         build.build_wheel(archive, tmp_path, expected_sha256=digest)
@@ -188,7 +190,7 @@ def test_archive_without_the_package_and_file_that_is_no_archive(tmp_path: Path)
         build.build_wheel(tmp_path / "none", tmp_path)
 
 
-def test_wheel_is_named_detectron2_and_its_record_is_right(tmp_path: Path) -> None:
+def test_wheel__is_named_detectron2_and_its_record_is_right(tmp_path: Path) -> None:
     archive, digest = make_archive(tmp_path)
     wheel = build.build_wheel(archive, tmp_path / "wheels", expected_sha256=digest)
     assert wheel.name == f"detectron2-{build.WHEEL_VERSION}-py3-none-any.whl"
@@ -210,19 +212,19 @@ def test_wheel_is_named_detectron2_and_its_record_is_right(tmp_path: Path) -> No
     assert not any(name.startswith(("tools/", "setup", "projects/")) for name in everything)
 
 
-def test_same_archive_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_wheel__the_same_archive_gives_the_same_bytes(tmp_path: Path) -> None:
     archive, digest = make_archive(tmp_path)
     first = build.build_wheel(archive, tmp_path / "a", expected_sha256=digest).read_bytes()
     assert build.build_wheel(archive, tmp_path / "b", expected_sha256=digest).read_bytes() == first
 
 
-def test_members_that_leave_the_archive_are_ignored(tmp_path: Path) -> None:
+def test_archive__members_that_leave_it_are_ignored(tmp_path: Path) -> None:
     archive, digest = make_archive(tmp_path, {**FILES, "detectron2/../../evil.py": "x = 1\n"})
     wheel = build.build_wheel(archive, tmp_path, expected_sha256=digest)
     assert not any("evil" in name for name in zipfile.ZipFile(wheel).namelist())
 
 
-def test_installed_wheel_works_and_its_missing_operators_say_so(tmp_path: Path) -> None:
+def test_wheel__works_and_its_missing_operators_raise(tmp_path: Path) -> None:
     archive, digest = make_archive(tmp_path)
     wheel = build.build_wheel(archive, tmp_path, expected_sha256=digest)
     target = tmp_path / "site"
@@ -242,7 +244,7 @@ def test_installed_wheel_works_and_its_missing_operators_say_so(tmp_path: Path) 
     assert "detectron2._C.box_iou_rotated is a compiled operator" in done.stdout
 
 
-def test_present_build_of_this_script_is_not_built_again(
+def test_present_build__one_of_this_script_is_not_built_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     present = build.Installed(tmp_path, "0.6", {"revision": build.REVISION}, None)

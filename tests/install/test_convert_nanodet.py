@@ -18,7 +18,7 @@ from scripts.convert_nanodet import convert, read_graph, resize, walk
 
 
 @pytest.mark.parametrize(("height", "width"), [(26, 14), (4, 7), (13, 13)])
-def test_resizing_is_bilinear_with_half_pixel_centres(height: int, width: int) -> None:
+def test_resize__is_bilinear_with_half_pixel_centres(height: int, width: int) -> None:
     picture = torch.randn(1, 8, 9, 3, generator=torch.Generator().manual_seed(0))
     torchs = F.interpolate(picture.permute(0, 3, 1, 2), (height, width), mode="bilinear", align_corners=False)
     assert torch.allclose(resize(picture, height, width), torchs.permute(0, 2, 3, 1), atol=1e-5)
@@ -54,7 +54,7 @@ def graph(tmp_path: Path, **convolution: Any) -> Path:
     return tmp_path / "g.json"
 
 
-def test_a_graph_is_read_and_walked(tmp_path: Path) -> None:
+def test_onnx_graph__is_read_and_walked(tmp_path: Path) -> None:
     nodes, constants = read_graph(graph(tmp_path))
     picture = torch.arange(48.0).reshape(1, 4, 4, 3) - 20
     (out,) = walk(nodes, constants, picture, ["out"])
@@ -62,7 +62,7 @@ def test_a_graph_is_read_and_walked(tmp_path: Path) -> None:
     assert torch.equal(out, torch.where(wanted > 0, wanted, 0.1 * wanted))
 
 
-def test_what_is_not_the_expected_graph_is_refused(tmp_path: Path) -> None:
+def test_onnx_graph__an_unexpected_one_is_refused(tmp_path: Path) -> None:
     nodes, constants = read_graph(graph(tmp_path))
     with pytest.raises(UserError, match="the graph has 1 convolutions, the modules have 34"):
         convert(nodes, constants)

@@ -35,7 +35,7 @@ def test_docker__copied_paths_exist_and_are_not_ignored() -> None:
     assert scripts and all((ROOT / script).is_file() for script in scripts)
 
 
-def test_the_light_lock_file_is_a_part_of_the_other_without_torch() -> None:
+def test_light_lock__is_a_part_of_the_full_one_without_torch() -> None:
     def pins(name: str) -> set[str]:
         lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
         return {line.split()[0].partition(";")[0].lower() for line in lines if line and line[0] not in "#-"}
@@ -49,7 +49,7 @@ def test_the_light_lock_file_is_a_part_of_the_other_without_torch() -> None:
     assert needed <= names and not names & {"torch", "torchvision", "open-clip-torch", "triton"}
 
 
-def test_container_and_service_start_the_page_with_flags_that_it_has() -> None:
+def test_deploy__container_and_service_start_the_page_with_existing_flags() -> None:
     entry = [*json.loads(instructions("ENTRYPOINT")[0]), *json.loads(instructions("CMD")[-1])]
     service = (ROOT / "deploy/wordbox.service").read_text(encoding="utf-8")
     started = re.search(r"^ExecStart=(.+)$", service, re.MULTILINE)
@@ -67,7 +67,7 @@ def test_container_and_service_start_the_page_with_flags_that_it_has() -> None:
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False), (None, False)])
-def test_the_health_check_tells_a_page_that_answers(status: int | None, healthy: bool) -> None:
+def test_deploy__the_health_check_recognises_a_page_that_answers(status: int | None, healthy: bool) -> None:
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status or 200)
@@ -93,14 +93,14 @@ def test_the_health_check_tells_a_page_that_answers(status: int | None, healthy:
         server.server_close()
 
 
-def test_the_space_runs_the_container() -> None:
+def test_space__runs_the_container() -> None:
     _, head, _ = (ROOT / "deploy/space/README.md").read_text(encoding="utf-8").split("---\n", 2)
     settings = yaml.safe_load(head)
     assert (settings["sdk"], settings["app_port"]) == ("docker", 7860)
     assert len(settings["short_description"]) <= 60
 
 
-def test_every_binary_file_of_the_space_goes_through_lfs() -> None:
+def test_space__every_binary_file_goes_through_lfs() -> None:
     """The hub refuses a push with others."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
@@ -114,7 +114,7 @@ def test_every_binary_file_of_the_space_goes_through_lfs() -> None:
 
 
 @pytest.mark.parametrize("name", ["bug", "idea", "accuracy"])
-def test_issue_forms_are_forms(name: str) -> None:
+def test_issue_forms__are_valid(name: str) -> None:
     form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text(encoding="utf-8"))
     assert form["name"] and form["description"] and form["body"]
     asked = [part for part in form["body"] if part["type"] != "markdown"]

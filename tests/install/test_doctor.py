@@ -25,7 +25,7 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path / "weights"
 
 
-def test_every_wrong_finding_has_a_remedy(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor__every_problem_has_a_remedy(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (weights / "vild-photo" / "model.safetensors").unlink()
     monkeypatch.setattr(doctor, "PACKAGES", ("a-package-that-is-not-there",))
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
@@ -42,7 +42,7 @@ def test_every_wrong_finding_has_a_remedy(tmp_path: Path, weights: Path, monkeyp
     assert all(finding.remedy for finding in findings)
 
 
-def test_verified_weights_are_ok_and_a_changed_byte_is_wrong(weights: Path) -> None:
+def test_doctor__verified_weights_are_ok_and_a_changed_byte_is_wrong(weights: Path) -> None:
     (good,) = doctor.check_weights(weights)
     assert good.level == "ok" and "verified" in good.detail
     (weights / "vild-photo" / "model.safetensors").write_bytes(b"tensorz")
@@ -50,7 +50,7 @@ def test_verified_weights_are_ok_and_a_changed_byte_is_wrong(weights: Path) -> N
     assert bad.level == "WRONG" and "SHA-256" in bad.detail and "git checkout" in bad.remedy
 
 
-def test_missing_default_weights_are_wrong(tmp_path: Path) -> None:
+def test_doctor__missing_default_weights_are_wrong(tmp_path: Path) -> None:
     source = tmp_path / "made"
     source.mkdir()
     (source / "model.safetensors").write_bytes(b"tensors")
@@ -59,7 +59,7 @@ def test_missing_default_weights_are_wrong(tmp_path: Path) -> None:
     assert levels == {"weights vild-photo": "WRONG", "weights another": "ok"}
 
 
-def test_another_version_than_the_tested_one_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor__another_version_than_the_tested_one_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("torch", "numpy"))
     monkeypatch.setattr(doctor.importlib.metadata, "version", {"torch": "2.0.1+cpu", "numpy": "1.26.4"}.__getitem__)
     monkeypatch.setattr(doctor, "OPTIONAL", {})
@@ -99,13 +99,13 @@ def test_doctor__detectron2_origin(
     assert bool(finding.remedy) is not works
 
 
-def test_device_report_names_the_processor() -> None:
+def test_doctor__the_device_report_names_the_processor() -> None:
     findings = doctor.check_device()
     assert [finding.level for finding in findings if finding.subject == "device cpu"] == ["ok"]
     assert all(finding.level == "ok" for finding in findings)
 
 
-def test_missing_browser_is_only_a_note() -> None:
+def test_doctor__a_missing_browser_is_only_a_note() -> None:
     assert doctor.check_chromium(lambda name: None).level == "note"
     found = doctor.check_chromium(lambda name: "/usr/bin/google-chrome" if name == "google-chrome" else None)
     assert found.level == "ok" and "/usr/bin/google-chrome" in found.detail
@@ -123,7 +123,7 @@ def test_doctor__free_disk(tmp_path: Path, free: int, level: str) -> None:
         ([Finding("ok", "a", "1"), Finding("WRONG", "b", "2", "do c")], 1, "1 thing wrong, see WRONG"),
     ],
 )
-def test_exit_status_and_report(
+def test_doctor__exit_status_follows_the_report(
     findings: list[Finding],
     status: int,
     last: str,
@@ -138,7 +138,7 @@ def test_exit_status_and_report(
     assert [item["level"] for item in json.loads(capsys.readouterr().out)] == [finding.level for finding in findings]
 
 
-def test_the_command_runs_here_and_its_status_agrees_with_its_words() -> None:
+def test_doctor__the_command_runs_here_and_its_status_fits_its_report() -> None:
     done = subprocess.run([sys.executable, "-m", "ovd.doctor"], capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     assert ("WRONG" in done.stdout) is (done.returncode == 1)

@@ -20,11 +20,11 @@ def packages(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_line_is_a_package_with_its_version_and_hashes(name: str) -> None:
+def test_lock_file__every_line_is_a_package_with_its_version_and_hashes(name: str) -> None:
     assert packages(name) and [line for line in packages(name) if not PIN.fullmatch(line)] == []
 
 
-def test_what_builds_packages_without_a_wheel_is_locked_too() -> None:
+def test_lock_file__holds_what_builds_packages_without_a_wheel() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     built = re.findall(r"grep '\^(\w+)==' requirements\.lock", makefile)
     assert built == ["setuptools"] and any(line.startswith("setuptools==") for line in packages(FILES[0]))
@@ -33,7 +33,7 @@ def test_what_builds_packages_without_a_wheel_is_locked_too() -> None:
     assert "LOCKED := PIP_USE_PEP517=1 $(PIP) install --require-hashes --no-build-isolation\n" in makefile
 
 
-def test_a_lock_file_is_read_however_pip_writes_it(tmp_path: Path) -> None:
+def test_lock_file__is_read_however_pip_writes_it(tmp_path: Path) -> None:
     script = runpy.run_path(str(ROOT / "scripts/lock.py"))
     file = tmp_path / "some.lock"
     file.write_text(

@@ -43,7 +43,7 @@ def writer(text: str) -> list[str]:
     return ["-c", f"open('log.txt', 'a').write({text!r})"]
 
 
-def test_stages_run_in_order_once(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stages__run_in_order_once(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = [script.Stage(name=n, result=Path(f"runs/{n}/done"), commands=[writer(n)]) for n in ("a", "b")]
     monkeypatch.setattr(script, "stages", lambda: stages)
     assert script.main([]) == 0 and script.main([]) == 0
@@ -52,7 +52,7 @@ def test_stages_run_in_order_once(script: ModuleType, tmp_path: Path, monkeypatc
     assert book["a"]["attempts"] == 1 and book["a"]["cpu_seconds"] > 0
 
 
-def test_a_failure_stops_there_and_the_next_call_goes_on(
+def test_stages__a_failure_stops_there_and_the_next_call_goes_on(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fails = ["-c", "import os, sys; sys.exit(0 if os.path.exists('mended') else 7)"]
@@ -70,7 +70,7 @@ def test_a_failure_stops_there_and_the_next_call_goes_on(
     assert json.loads((tmp_path / "runs/weights.json").read_text())["b"]["attempts"] == 2
 
 
-def test_a_training_with_a_checkpoint_is_resumed(
+def test_stages__a_training_with_a_checkpoint_is_resumed(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     show = ["-c", "import sys; open('log.txt', 'w').write(' '.join(sys.argv[1:]))"]
@@ -98,7 +98,7 @@ def test_make_weights__order_of_clip_and_detector(script: ModuleType) -> None:
     ]  # fmt: skip
 
 
-def test_each_stage_finds_what_the_stages_before_it_made(script: ModuleType) -> None:
+def test_stages__each_finds_what_the_earlier_ones_made(script: ModuleType) -> None:
     configs = SCRIPT.parents[1] / "configs"
     made = {"runs/teacher"}
     for stage in script.stages():
@@ -109,7 +109,7 @@ def test_each_stage_finds_what_the_stages_before_it_made(script: ModuleType) -> 
         made.add(str(stage.result.parent if stage.run is None else stage.run))
 
 
-def test_a_shipped_encoder_is_half_as_large_and_keeps_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_encoder__is_half_as_large_and_keeps_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ship = load("ship_weights", monkeypatch)
     monkeypatch.setenv("OVD_WEIGHTS", str(tmp_path / "weights"))
     torch.manual_seed(0)
@@ -126,9 +126,7 @@ def test_a_shipped_encoder_is_half_as_large_and_keeps_its_card(tmp_path: Path, m
     assert float(torch.cosine_similarity(ours, theirs).detach()) > 0.9999
 
 
-def test_a_shipped_detector_carries_a_card_with_its_own_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shipped_detector__has_a_card_with_its_own_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ship = load("ship_weights", monkeypatch)
     monkeypatch.setenv("OVD_WEIGHTS", str(tmp_path / "weights"))
     exported, metrics = tmp_path / "exported", tmp_path / "metrics.json"
@@ -161,13 +159,13 @@ def test_a_shipped_detector_carries_a_card_with_its_own_figures(
     assert "labels of 2 base nouns" in card["data"] and "1 nouns were never labelled" in card["data"]
 
 
-def test_every_config_of_the_real_stages_exists(script: ModuleType) -> None:
+def test_stages__every_config_exists(script: ModuleType) -> None:
     configs = SCRIPT.parents[1] / "configs"
     named = [c[c.index("--config") + 1] for stage in script.stages() for c in stage.commands if "--config" in c]
     assert named and all((configs / name).is_file() for name in named)
 
 
-def test_the_photo_stages_are_commands_that_their_programs_take(
+def test_photo_stages__are_commands_that_their_programs_take(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from ovd.config_detr import TRAIN_CONFIGS

@@ -31,7 +31,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "weights"
 
 
-def test_added_weights_are_found_by_name_and_by_alias(root: Path) -> None:
+def test_add__is_found_by_name_and_by_alias(root: Path) -> None:
     assert list(read_manifest()) == ["clip-sticker", "vild-photo"]
     assert weights_folder("clip-sticker") == root / "clip-sticker"
     assert weights_folder() == weights_folder("default") == root / "vild-photo"
@@ -39,7 +39,7 @@ def test_added_weights_are_found_by_name_and_by_alias(root: Path) -> None:
     assert find_weights("default").sha256 != find_weights("clip-sticker").sha256
 
 
-def test_the_words_of_a_detector_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words__of_a_detector_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.json").write_text('{"classes": ["dog", "t\u00e9l\u00e9"]}', encoding="utf-8")
     assert main(["words", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "dog\nt\u00e9l\u00e9\n"
@@ -53,13 +53,13 @@ def test_the_words_of_a_detector_are_printed(tmp_path: Path, capsys: pytest.Capt
         main(["words", str(tmp_path)])
 
 
-def test_manifest_paths_are_relative(root: Path) -> None:
+def test_manifest__paths_are_relative(root: Path) -> None:
     text = (root / "manifest.json").read_text()
     assert str(root) not in text
     assert {entry["folder"] for entry in json.loads(text)} == {"clip-sticker", "vild-photo"}
 
 
-def test_a_flipped_bit_is_refused_and_the_file_named(root: Path) -> None:
+def test_verify__a_flipped_bit_is_refused_and_the_file_named(root: Path) -> None:
     path = root / "vild-photo" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[7] ^= 1
@@ -78,7 +78,7 @@ def test_a_flipped_bit_is_refused_and_the_file_named(root: Path) -> None:
     ],
     ids=["missing", "cut short", "a folder"],
 )
-def test_missing_and_cut_files_are_refused(root: Path, damage, message: str) -> None:
+def test_verify__missing_and_cut_files_are_refused(root: Path, damage, message: str) -> None:
     damage(root / "vild-photo" / "model.safetensors")
     with pytest.raises(UserError, match=message):
         weights_folder("default")
@@ -107,18 +107,18 @@ def test_weights__unknown_name_lists_the_known(root: Path) -> None:
         ('[{"name": "x", "folder": "x", "files": {"a": {"sha256": ""}}}]', "entry 0 is malformed"),
     ],
 )
-def test_a_malformed_manifest_is_refused(tmp_path: Path, manifest: str, message: str) -> None:
+def test_manifest__a_malformed_one_is_refused(tmp_path: Path, manifest: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(manifest)
     with pytest.raises(UserError, match=message):
         read_manifest(tmp_path)
 
 
-def test_no_manifest_says_how_to_get_weights(tmp_path: Path) -> None:
+def test_manifest__a_missing_one_says_how_to_get_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make weights"):
         weights_folder("default", tmp_path)
 
 
-def test_weights_go_to_the_user_where_the_checkout_is_somebody_elses(
+def test_add__in_a_checkout_of_somebody_else_writes_to_the_users_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OVD_WEIGHTS", raising=False)
@@ -128,7 +128,7 @@ def test_weights_go_to_the_user_where_the_checkout_is_somebody_elses(
     assert added_root() == tmp_path / "weights"
 
 
-def test_adding_again_replaces_folder_and_entry(root: Path, tmp_path: Path) -> None:
+def test_add__again_replaces_folder_and_entry(root: Path, tmp_path: Path) -> None:
     source = tmp_path / "second"
     source.mkdir()
     (source / "other.safetensors").write_bytes(b"1")
@@ -140,7 +140,7 @@ def test_adding_again_replaces_folder_and_entry(root: Path, tmp_path: Path) -> N
     assert [path.name for path in root.iterdir() if path.name.endswith(".new")] == []
 
 
-def test_adding_a_folder_that_is_in_place_only_hashes_it(root: Path) -> None:
+def test_add__a_folder_already_in_place_is_only_hashed(root: Path) -> None:
     path = root / "vild-photo" / "model.safetensors"
     path.write_bytes(b"retrained")
     add_weights(root / "vild-photo", "vild-photo", root)
@@ -149,7 +149,7 @@ def test_adding_a_folder_that_is_in_place_only_hashes_it(root: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", ["model.pt", "model.pkl", "code.py", "noending"])
-def test_only_data_files_can_be_added(tmp_path: Path, bad: str) -> None:
+def test_add__takes_only_data_files(tmp_path: Path, bad: str) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.safetensors").write_bytes(b"1")
@@ -160,12 +160,12 @@ def test_only_data_files_can_be_added(tmp_path: Path, bad: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "default", "é"])
-def test_bad_names_are_refused(root: Path, name: str) -> None:
+def test_add__bad_names_are_refused(root: Path, name: str) -> None:
     with pytest.raises(UserError):
         add_weights(root / "vild-photo", name, root)
 
 
-def test_verify_command_exits_1_and_names_the_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify__the_command_exits_1_and_names_the_file(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify"]) == 0
     (root / "clip-sticker" / "model.safetensors").write_bytes(b"")
     assert main(["verify", "vild-photo"]) == 0
@@ -174,7 +174,7 @@ def test_verify_command_exits_1_and_names_the_file(root: Path, capsys: pytest.Ca
     assert "clip-sticker: WRONG" in out and "model.safetensors" in out and "vild-photo: ok" in out
 
 
-def test_command_line_reports_a_user_error_without_traceback(root: Path) -> None:
+def test_weights_command__reports_a_user_error_without_traceback(root: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "ovd.weights", "verify", "nothing"], capture_output=True, text=True, check=False
     )
@@ -204,7 +204,7 @@ def test_docs__figures_equal_the_shipped_cards() -> None:
     assert re.search(rf"shipped \| [\d.]+ \| {base} \| {novel} \|", results)
 
 
-def test_weights_that_are_added_at_once_are_all_listed(tmp_path: Path) -> None:
+def test_add__several_at_once_are_all_listed(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "model.safetensors").write_bytes(b"weights")
@@ -214,7 +214,7 @@ def test_weights_that_are_added_at_once_are_all_listed(tmp_path: Path) -> None:
     assert sorted(read_manifest(tmp_path / "weights")) == sorted(names)
 
 
-def test_folders_that_are_added_under_one_name_at_once_leave_a_whole_entry(tmp_path: Path) -> None:
+def test_add__folders_under_one_name_at_once_leave_a_whole_entry(tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / f"source{number}").mkdir()
         (tmp_path / f"source{number}/model.safetensors").write_bytes(b"weights" * number)

@@ -22,7 +22,7 @@ from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
 from ovd.demo.serving import Server
 from ovd.label_studio.app import BackendGate, build_app
-from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.backend import Backend, StudioTask
 from ovd.label_studio.pictures import PictureSource
 from ovd.label_studio.reason import with_reasons
 from pretrain.engine.errors import UserError
@@ -91,7 +91,7 @@ def request(*photos: str, config: str = CONFIG) -> dict[str, object]:
     return {"tasks": tasks, "project": "1.1700000000", "label_config": config, "params": {"context": None}}
 
 
-def test_health_setup_and_versions(ask: Ask) -> None:
+def test_endpoints__health_setup_and_versions(ask: Ask) -> None:
     assert ask("GET", "/health").body["status"] == "UP"
     version = ask("POST", "/setup", {"project": "1.1", "schema": CONFIG, "hostname": "http://x"}).body["model_version"]
     assert version.startswith("colours-") and version in ask("GET", "/versions").body["versions"]
@@ -99,7 +99,7 @@ def test_health_setup_and_versions(ask: Ask) -> None:
     assert other != version  # predictions of other words are old ones
 
 
-def test_boxes_are_in_per_cent_and_named_as_the_configuration_stores_them(ask: Ask) -> None:
+def test_boxes__are_in_per_cent_and_named_as_the_configuration_stores_them(ask: Ask) -> None:
     answer = ask("POST", "/predict", request(PHOTO)).body
     ((prediction,),) = answer["results"]
     assert prediction["model_version"] == answer["model_version"]
@@ -114,14 +114,14 @@ def test_boxes_are_in_per_cent_and_named_as_the_configuration_stores_them(ask: A
     assert prediction["score"] == min(scores) and 0.3 <= prediction["score"] <= 1
 
 
-def test_labels_beside_a_rectangle_come_in_pairs(ask: Ask) -> None:
+def test_labels__beside_a_rectangle_come_in_pairs(ask: Ask) -> None:
     ((prediction,),) = ask("POST", "/predict", request(PHOTO, config=PAIRS)).body["results"]
     box, label = prediction["result"]
     assert (box["type"], box["from_name"], label["type"], label["from_name"]) == ("rectangle", "box", "labels", "label")
     assert box["id"] == label["id"] and label["value"] == {**box["value"], "labels": ["blue"]}
 
 
-def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> None:
+def test_predict__answers_each_task_and_none_for_a_bad_picture(ask: Ask) -> None:
     results = ask("POST", "/predict", request(EMPTY, "http://elsewhere.test/a.jpg", PHOTO)).body["results"]
     assert [[len(p["result"]) for p in predictions] for predictions in results] == [[0], [], [2]]
     assert results[0][0]["score"] is None
@@ -130,13 +130,13 @@ def test_one_answer_for_each_task_and_none_where_a_picture_is_bad(ask: Ask) -> N
 @pytest.mark.parametrize(
     "named", ["http://[::1", "//[x", "http://\u2100.com/a", "\ud800", "/data/\ud800.jpg", "s3://b/\ud800", "a\x07b.jpg"]
 )
-def test_an_address_that_is_none_is_one_tasks_trouble(named: str, ask: Ask) -> None:
+def test_predict__a_wrong_address_concerns_one_task_only(named: str, ask: Ask) -> None:
     results = ask("POST", "/predict", request(named, PHOTO)).body["results"]
     assert [len(predictions) for predictions in results] == [0, 1]
     assert ask("POST", "/predict", request(named)).status == 422
 
 
-def test_half_a_character_in_a_drawn_label_comes_back(ask: Ask) -> None:
+def test_drawn_label__half_a_surrogate_pair_comes_back(ask: Ask) -> None:
     value = {"x": 6.25, "y": 16, "width": 25, "height": 42, "rotation": 0, "rectanglelabels": ["\ud83d"]}
     drawn = {"id": "1", "from_name": "label", "to_name": "image", "type": "rectanglelabels", "value": value}
     answer = ask("POST", "/predict", request(PHOTO) | {"params": {"context": {"result": [drawn]}}})
@@ -170,13 +170,13 @@ def test_webhook__annotation_events_are_accepted(ask: Ask) -> None:
     assert ask("POST", "/webhook", {"action": "ANNOTATION_CREATED", "annotation": {}}).body == {"status": "ok"}
 
 
-def test_foreign_names_large_bodies_and_other_methods_are_refused(ask: Ask) -> None:
+def test_requests__foreign_names_large_bodies_and_other_methods_are_refused(ask: Ask) -> None:
     assert ask("GET", "/health", headers={"Host": "evil.test"}).status == 421
     assert ask("POST", "/predict", {}, headers={"Origin": "http://evil.test"}).status == 403
     assert ask("POST", "/predict", b"x" * 200_001).status == 413
 
 
-def test_basic_authentication_holds_for_all_endpoints() -> None:
+def test_authentication__basic_holds_for_all_endpoints() -> None:
     gate = BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), credentials=("me", "pass:word"))
     server, ask_with_password = served(gate)
     right = {"Authorization": "Basic " + base64.b64encode(b"me:pass:word").decode()}
@@ -191,17 +191,17 @@ def test_basic_authentication_holds_for_all_endpoints() -> None:
         server.close()
 
 
-def test_tasks_beyond_the_time_get_no_prediction_and_the_first_always_one() -> None:
-    tasks = [Task(id=n, data={"photo": PHOTO}) for n in range(3)]
+def test_time_limit__later_tasks_get_no_prediction_and_the_first_always_one() -> None:
+    tasks = [StudioTask(id=n, data={"photo": PHOTO}) for n in range(3)]
     late = backend(seconds=5).predict(CONFIG, tasks, since=time.monotonic() - 60)
     assert [len(predictions) for predictions in late] == [1, 0, 0]
     assert [len(p) for p in backend(seconds=60).predict(CONFIG, tasks, since=time.monotonic())] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("threshold", "attribute", "count"), [(1.0, "", 0), (1.0, "0.3", 2), (None, "1", 0)])
-def test_a_controls_threshold_comes_before_the_commands(threshold: float | None, attribute: str, count: int) -> None:
+def test_threshold__of_a_control_comes_before_the_commands(threshold: float | None, attribute: str, count: int) -> None:
     config = CONFIG.replace('toName="image"', f'toName="image" model_score_threshold="{attribute}"')
-    task = Task(id=1, data={"photo": PHOTO})
+    task = StudioTask(id=1, data={"photo": PHOTO})
     ((prediction,),) = backend(threshold=threshold).predict(config, [task], since=time.monotonic())
     assert len(prediction["result"]) == count
 
@@ -214,7 +214,7 @@ def test_a_controls_threshold_comes_before_the_commands(threshold: float | None,
         (["--label-studio", "--label-studio-url", "localhost"], "give the full URL"),
     ],
 )
-def test_mistakes_are_reported_before_anything_is_loaded(
+def test_serve__mistakes_are_reported_before_anything_is_loaded(
     argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY", "BASIC_AUTH_USER", "BASIC_AUTH_PASS"):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ovd.demo.hosts import AllowedHosts
 from ovd.label_studio.app import BackendGate, build_app
-from ovd.label_studio.backend import Backend, Task
+from ovd.label_studio.backend import Backend, StudioTask
 from ovd.label_studio.pictures import PictureSource
 from tests.detector.fakes import make_detector, picture
 from tests.label_studio.test_backend import CONFIG, PAIRS, PHOTO, served
@@ -37,7 +37,7 @@ class Elsewhere(PictureSource):
         return self.file.read_bytes()
 
 
-def test_the_requests_of_label_studio_are_answered(tmp_path: Path) -> None:
+def test_label_studio__its_requests_are_answered(tmp_path: Path) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     backend = Backend(make_detector(masks=False), Elsewhere(tmp_path / "a.png"), name="colours")
     server, ask = served(BackendGate(build_app(backend), names=AllowedHosts.of("127.0.0.1")))
@@ -57,11 +57,11 @@ def test_the_requests_of_label_studio_are_answered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [CONFIG, PAIRS])
-def test_label_studios_sdk_takes_the_predictions(config: str) -> None:
+def test_label_studio_sdk__takes_the_predictions(config: str) -> None:
     """Runs where ``pip install label-studio-sdk`` was done: it asks for too much to be installed for one test."""
     sdk = pytest.importorskip("label_studio_sdk.label_interface")
     backend = Backend(make_detector(masks=False), PictureSource(), name="colours")
-    ((prediction,),) = backend.predict(config, [Task(id=1, data={"photo": PHOTO})], since=time.monotonic())
+    ((prediction,),) = backend.predict(config, [StudioTask(id=1, data={"photo": PHOTO})], since=time.monotonic())
     interface = sdk.LabelInterface(config)
     wrong: Any = json.loads(json.dumps(prediction).replace('"blue"', '"green"'))
     assert interface.validate_prediction(prediction) and not interface.validate_prediction(wrong)

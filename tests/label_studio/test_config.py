@@ -32,7 +32,7 @@ def test_labels__searched_by_value_stored_by_alias() -> None:
     )
 
 
-def test_every_control_with_a_picture_is_served() -> None:
+def test_controls__every_one_with_a_picture_is_served() -> None:
     config = f"""<View><Header value="&lt;"/><Image name="left" value="$a"/><image name="right" value="$b"/>
       <Text name="text" value="$t"/><Labels name="words" toName="text">{DOG}</Labels>
       <Choices name="c" toName="left"><Choice value="good"/></Choices>

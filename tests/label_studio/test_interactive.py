@@ -89,14 +89,14 @@ def test_interactive__similar_objects_get_the_drawn_label(ask: Ask) -> None:
     assert len({result["id"] for result in found}) == 3 and all(r["id"].startswith("Dx_aB91ISN") for r in found)
 
 
-def test_without_a_label_rectangles_come_back_without_one(ask: Ask) -> None:
+def test_rectangles__without_a_label_come_back_without_one(ask: Ask) -> None:
     (prediction,) = ask("POST", "/predict", request(region(kind="rectangle"))).body["results"]
     assert sorted(corners(result) for result in prediction["result"]) == RED
     assert all(result["type"] == "rectangle" and "rectanglelabels" not in result["value"]
                for result in prediction["result"])  # fmt: skip
 
 
-def test_a_rectangle_and_its_label_come_in_pairs(ask: Ask) -> None:
+def test_rectangles__come_in_pairs_with_their_labels(ask: Ask) -> None:
     pair = (region("rectangle", "box"), region("labels", "label", labels=["blue"]))
     (prediction,) = ask("POST", "/predict", request(*pair, config=PAIRS)).body["results"]
     kinds = [(result["from_name"], result["type"]) for result in prediction["result"]]
@@ -130,17 +130,17 @@ def test_interactive__no_drawing_searches_words(ask: Ask, context: object) -> No
         (["r"], "no list of regions"),
     ],
 )
-def test_what_cannot_be_searched_for_is_reported(ask: Ask, regions: list[Any], message: str) -> None:
+def test_interactive__what_cannot_be_searched_for_is_reported(ask: Ask, regions: list[Any], message: str) -> None:
     answer = ask("POST", "/predict", request(*regions))
     assert answer.status == 422 and message in answer.body["error"], answer.body
 
 
-def test_a_second_drawing_on_a_picture_runs_no_network_again() -> None:
+def test_interactive__a_second_drawing_on_a_picture_runs_no_network_again() -> None:
     one = backend()
     drawn = read_drawn(json.loads(json.dumps(request(region(rectanglelabels=["r"])))))
-    from ovd.label_studio.backend import Task
+    from ovd.label_studio.backend import StudioTask
 
-    task = Task(id=7, data={"photo": PHOTO})
+    task = StudioTask(id=7, data={"photo": PHOTO})
     assert drawn is not None
     one.predict(CONFIG, [task], since=time.monotonic())
     runs = one._detector.runs
@@ -149,17 +149,17 @@ def test_a_second_drawing_on_a_picture_runs_no_network_again() -> None:
 
 
 def test_interactive__needs_an_image_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ovd.label_studio.backend import Task
+    from ovd.label_studio.backend import StudioTask
 
     one = backend()
     monkeypatch.setattr(one._detector, "examples", None)
     drawn = read_drawn(request(region(x=50, y=60, rectanglelabels=["r"])))  # where no region is
     assert drawn is not None
     with pytest.raises(UserError, match="cannot search by example"):
-        one.similar(CONFIG, Task(id=7, data={"photo": PHOTO}), drawn)
+        one.similar(CONFIG, StudioTask(id=7, data={"photo": PHOTO}), drawn)
 
 
-def test_regions_count_by_their_embedding_and_as_objects() -> None:
+def test_interactive__regions_are_scored_by_embedding_and_objectness() -> None:
     boxes = np.array([[0, 0, 20, 20], [30, 0, 50, 20], [60, 0, 80, 20], [31, 0, 51, 20], [90, 0, 110, 20]], np.float32)
     rows = np.array([[1, 0], [0.9, 0.4359], [1, 0], [0.85, 0.5268], [0, 1]], np.float32)
     objectness = np.array([0.5, 0.9, 0.2, 0.9, 0.9], np.float32)

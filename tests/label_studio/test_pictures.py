@@ -85,17 +85,17 @@ def studio() -> Iterator[Studio]:
         ("{url}/data/upload/1/cat.jpg", "/data/upload/1/cat.jpg"),
     ],
 )
-def test_pictures_of_label_studio_are_fetched_with_the_token(value: str, path: str, studio: Studio) -> None:
+def test_pictures__are_fetched_from_label_studio_with_the_token(value: str, path: str, studio: Studio) -> None:
     source = PictureSource(url=studio.url + "/", token=LEGACY)
     assert source.read(value.format(url=studio.url)) == b"picture"
     assert studio.requests == [(path, f"Token {LEGACY}")]
 
 
-def test_a_redirect_on_the_same_host_is_followed(studio: Studio) -> None:
+def test_pictures__a_redirect_on_the_same_host_is_followed(studio: Studio) -> None:
     assert PictureSource(url=studio.url, token=LEGACY).read("/data/upload/1/moved.jpg") == b"picture"
 
 
-def test_a_personal_token_is_exchanged_and_again_when_that_has_run_out(studio: Studio) -> None:
+def test_token__a_personal_one_is_exchanged_again_when_expired(studio: Studio) -> None:
     source = PictureSource(url=studio.url, token=PERSONAL)
     assert source.read("/data/upload/1/a.jpg") == source.read("/data/upload/1/b.jpg") == b"picture"
     assert studio.exchanges == 1
@@ -141,12 +141,12 @@ def test_pictures__server_errors_are_explained(studio: Studio, tmp_path: Path) -
         PictureSource(root=tmp_path / "none")
 
 
-def test_a_picture_in_the_task_itself() -> None:
+def test_pictures__may_be_in_the_task_itself() -> None:
     data = base64.b64encode(b"picture").decode()
     assert PictureSource().read(f"data:image/png;base64,{data}") == b"picture"
 
 
-def test_local_files_are_read_below_the_root_only(tmp_path: Path) -> None:
+def test_local_files__are_read_below_the_root_only(tmp_path: Path) -> None:
     root = tmp_path / "root"
     (root / "cats").mkdir(parents=True)
     (root / "cats/a cat.jpg").write_bytes(b"cat")

@@ -33,7 +33,7 @@ NETWORKS = (
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_features_are_the_networks_own_at_the_strides_that_are_stated(name: str) -> None:
+def test_any_backbone__features_are_the_networks_at_the_stated_strides(name: str) -> None:
     torch.manual_seed(0)
     wanted = ("res3", "res4", "res5")
     ours = build_bottom_up(DetectorBackboneConfig(name=name, norm="BN"), out_features=wanted).eval()
@@ -54,7 +54,7 @@ def test_features_are_the_networks_own_at_the_strides_that_are_stated(name: str)
             torch.testing.assert_close(maps[stage], expected[shape.stride])
 
 
-def test_a_pyramid_and_its_frozen_stages() -> None:
+def test_any_backbone__a_pyramid_and_its_frozen_stages() -> None:
     bottom_up = build_bottom_up(
         DetectorBackboneConfig(name=NAME, norm="BN", freeze_at=3), out_features=("res3", "res4")
     )
@@ -78,7 +78,7 @@ def tensors_of(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["file", "timm folder", "pretrained"])
-def test_weights_come_from_a_file_a_folder_of_timm_or_a_pretraining(tmp_path: Path, kind: str) -> None:
+def test_any_backbone__weights_come_from_a_file_a_timm_folder_or_a_pretraining(tmp_path: Path, kind: str) -> None:
     tensors, path, look = tensors_of(NAME), tmp_path / "weights.safetensors", None
     if kind == "file":
         save_weights(path, tensors, {})
@@ -120,7 +120,7 @@ FPN = [
 
 
 @pytest.mark.parametrize("form", ["c4", "fpn"])
-def test_a_training_step_then_export_and_back(tmp_path: Path, form: str) -> None:
+def test_any_backbone__trains_a_step_exports_and_loads(tmp_path: Path, form: str) -> None:
     tensors = tensors_of(NAME)
     save_weights(tmp_path / "lite.safetensors", tensors, {})
     extra = FPN if form == "fpn" else []
@@ -187,13 +187,13 @@ def test_library_backbone__works_in_detr(tmp_path: Path) -> None:
         ("torchvision:resnet19", "torchvision has no network .*did you mean resnet1"),
     ],
 )
-def test_networks_without_a_pyramid_are_refused_in_one_line(name: str, message: str) -> None:
+def test_any_backbone__networks_without_a_pyramid_are_refused_in_one_line(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^model.backbone.name: .*{message}") as caught:
         open_network(name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_stage_that_a_network_lacks_is_named() -> None:
+def test_any_backbone__a_stage_that_a_network_lacks_is_named() -> None:
     with pytest.raises(UserError, match=r"timm:resnet18_x has no map of stride 32 \(res5\); it has res4 \(stride 16\)"):
         from ovd.modeling.library_network import LibraryNetwork
 
@@ -215,7 +215,7 @@ def test_library_backbone__contradictory_config_is_refused(backbone: dict[str, A
         ModelConfig.model_validate({"backbone": backbone, "proposals": {"anchor_sizes": ((24.0,),)}})
 
 
-def test_without_weights_the_training_says_what_to_give(tmp_path: Path) -> None:
+def test_any_backbone__without_weights_the_training_says_what_to_give(tmp_path: Path) -> None:
     given = [*SMALL, f"out={tmp_path}"]
     with pytest.raises(
         UserError, match="nothing is downloaded.*backbone_weights.*or begin with backbone_start=scratch"
@@ -227,7 +227,7 @@ def test_without_weights_the_training_says_what_to_give(tmp_path: Path) -> None:
         load_config(TrainConfig, "mask_rcnn.yaml", [f"out={tmp_path}", "model.backbone.name=timm"])
 
 
-def test_the_hash_of_a_resnets_configuration_is_what_it_was() -> None:
+def test_config_hash__of_a_resnets_configuration_is_unchanged() -> None:
     config = load_config(TrainConfig, "mask_rcnn.yaml", ["out=x"])
     other = load_config(TrainConfig, "mask_rcnn.yaml", ["out=x", f"model.backbone.name={NAME}"])
     assert config_hash(config) == "cfb2ce4a9dc5" != config_hash(other)

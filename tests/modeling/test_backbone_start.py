@@ -45,7 +45,7 @@ def exported(folder: Path, *, norm: str) -> tuple[Path, nn.Module]:
 
 @pytest.mark.parametrize(("norm", "detector_norm"), [("bn", "FrozenBN"), ("bn", "BN"), ("gn_ws", "GN16")])
 @pytest.mark.parametrize("through_export", [False, True])
-def test_the_detectors_features_are_the_pretrainings(
+def test_backbone_weights__the_detectors_features_are_the_pretrainings(
     tmp_path: Path, norm: str, detector_norm: str, through_export: bool
 ) -> None:
     folder, network = exported(tmp_path / "run", norm=norm)
@@ -72,20 +72,22 @@ def test_the_detectors_features_are_the_pretrainings(
         ("gn_ws", "GN", "it has group norms"),  # 32 groups: the tensors would fit
     ],
 )
-def test_norms_of_another_kind_are_refused(tmp_path: Path, norm: str, detector_norm: str, message: str) -> None:
+def test_backbone_weights__other_norms_are_refused(tmp_path: Path, norm: str, detector_norm: str, message: str) -> None:
     folder, _ = exported(tmp_path, norm=norm)
     with pytest.raises(UserError, match=message):
         inputs.backbone_tensors(str(folder), stem="small", norms={"model.head.norm": detector_norm})
 
 
-def test_another_stem_is_refused(tmp_path: Path) -> None:
+def test_backbone_weights__another_stem_is_refused(tmp_path: Path) -> None:
     folder, _ = exported(tmp_path, norm="bn")
     with pytest.raises(UserError, match=r"its stem is small; set model\.backbone\.stem=small"):
         inputs.backbone_tensors(str(folder), stem="imagenet", norms={})
 
 
 @pytest.mark.parametrize(("norm", "detector_norm"), [("bn", "BN"), ("gn_ws", "GN16")])
-def test_a_training_starts_from_it_region_head_included(tmp_path: Path, norm: str, detector_norm: str) -> None:
+def test_backbone_weights__a_training_starts_from_them_region_head_included(
+    tmp_path: Path, norm: str, detector_norm: str
+) -> None:
     folder, _ = exported(tmp_path / "run", norm=norm)
     config = load_config(
         TrainConfig,
@@ -108,7 +110,7 @@ def test_a_training_starts_from_it_region_head_included(tmp_path: Path, norm: st
 # --- what is not loaded stays as it was
 
 
-def test_frozen_norms_keep_their_statistics_when_other_tensors_are_loaded() -> None:
+def test_frozen_norms__keep_their_statistics_when_other_tensors_are_loaded() -> None:
     """Detectron2 takes a dictionary without them for an old file, and sets them to zero and one."""
     model = nn.ModuleDict({"frozen": FrozenBatchNorm2d(3), "learned": nn.Linear(2, 2)})
     statistics = torch.tensor([4.0, 5.0, 6.0])
@@ -120,7 +122,7 @@ def test_frozen_norms_keep_their_statistics_when_other_tensors_are_loaded() -> N
     assert torch.equal(model["frozen"].running_var, statistics) and bool((model["learned"].weight == 2).all())
 
 
-def test_vild_starts_from_the_proposal_detector_and_its_region_head_from_clip(tmp_path: Path) -> None:
+def test_vild__starts_from_the_proposal_detector_and_its_region_head_from_clip(tmp_path: Path) -> None:
     small = ["data.length=2", "data.size=96", f"out={tmp_path}"]
     first = load_config(TrainConfig, "mask_rcnn.yaml", small)
     parts = rcnn.build(first)
@@ -147,7 +149,7 @@ def test_vild_starts_from_the_proposal_detector_and_its_region_head_from_clip(tm
 
 
 @pytest.mark.parametrize("network", ["model.backbone.stem=small", "model.backbone.name=timm:resnet18"])
-def test_weights_that_are_not_there_are_named_by_their_key(network: str) -> None:
+def test_backbone_weights__missing_ones_are_named_by_their_key(network: str) -> None:
     config = load_config(
         TrainConfig, Path(__file__).parents[2] / "configs/mask_rcnn.yaml", [network, "backbone_weights=no/such"]
     )

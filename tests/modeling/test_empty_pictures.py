@@ -121,7 +121,7 @@ def passes(task: Task, samples: list[Any]) -> tuple[Counter[str], set[str]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_norms_run_and_learn_as_often_without_objects_as_with_some(case: str) -> None:
+def test_norms__run_and_learn_as_often_without_objects_as_with_some(case: str) -> None:
     task, samples = CASES[case]()
     runs, learned = passes(task, samples)
     empty_runs, empty_learned = passes(task, without_objects(samples))

@@ -40,7 +40,7 @@ SMALLER = [
 
 
 @pytest.mark.parametrize("name", ["lvis", "coco"])
-def test_recipe_is_the_published_one_and_its_stages_fit_together(name: str) -> None:
+def test_paper_configs__are_the_published_recipes_and_their_stages_fit_together(name: str) -> None:
     proposer = load_config(TrainConfig, PAPER / f"mask_rcnn_{name}.yaml")
     store = load_config(EmbedConfig, PAPER / f"embed_{name}.yaml")
     vild = load_config(TrainConfig, PAPER / f"vild_{name}.yaml")
@@ -54,7 +54,7 @@ def test_recipe_is_the_published_one_and_its_stages_fit_together(name: str) -> N
     assert [m / vild.loop.steps for m in vild.optim.milestones] == [0.9, 0.95]
 
 
-def test_prompts_of_vild_are_filled_as_in_its_code() -> None:
+def test_prompts__of_vild_are_filled_as_in_its_code() -> None:
     for raw, prepared in zip(TEMPLATES_63, TEMPLATE_SETS["vild63"], strict=True):
         assert fill_template(prepared, "traffic_light") == fill_template(raw, "traffic_light", this_is=True)
     assert "This is a photo of an apple." in {fill_template(t, "apple") for t in TEMPLATE_SETS["vild63"]}
@@ -107,7 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["lvis", "coco"])
-def test_each_stage_takes_a_step_on_a_small_folder(
+def test_paper_configs__each_stage_takes_a_step_on_a_small_folder(
     world: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = world if name == "lvis" else world / "train2017"
@@ -124,7 +124,7 @@ def test_each_stage_takes_a_step_on_a_small_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_steps_for_own_photos_fit_together_and_take_a_step_with_every_category(
+def test_own_photo_configs__fit_together_and_take_a_step_with_every_category(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configs = PAPER.parent / "photos"
@@ -153,7 +153,7 @@ def test_the_steps_for_own_photos_fit_together_and_take_a_step_with_every_catego
 
 
 @pytest.mark.parametrize("name", ["lvis", "coco"])
-def test_novel_categories_are_never_labelled(world: Path, name: str) -> None:
+def test_novel_categories__are_never_labelled(world: Path, name: str) -> None:
     content = json.loads((world / f"{name}.json").read_text())
     config = load_config(TrainConfig, PAPER / f"vild_{name}.yaml")
     images = world if name == "lvis" else world / "train2017"

@@ -72,7 +72,7 @@ def train(folder: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_detector_of_one(tmp_path: Path) -> None:
+def test_two_processes__train_the_detector_of_one(tmp_path: Path) -> None:
     pictures, encoder = ScenePictures(scenes().source), TinyEncoder()
     settings = StoreSettings(proposals_per_image=20, crop_size=16)
     identity = Identity(encoder="e", dim=D, proposals="ground-truth", source="s", settings=settings)

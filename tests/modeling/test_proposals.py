@@ -64,7 +64,7 @@ def instances(boxes: list[list[float]], classes: list[int]) -> Instances:
     return out
 
 
-def test_sides_are_expected_distances_from_the_centre_of_the_cell() -> None:
+def test_box_sides__are_expected_distances_from_the_cell_centre() -> None:
     centres, strides = cell_centres(64, 96, (8, 16, 32))
     assert len(centres) == 8 * 12 + 4 * 6 + 2 * 3
     sides = torch.full((len(centres), 4, 11), -40.0)
@@ -100,7 +100,7 @@ def test_untrained_heads__rank_like_the_converted_network(
     assert found.words.shape[1] == len(PROPOSAL_WORDS) == 80
 
 
-def test_black_padding_does_not_change_what_is_found(network: ProposalDetector) -> None:
+def test_padding__is_black_and_boxes_stay_within_the_picture(network: ProposalDetector) -> None:
     """A picture in a batch with a larger one: its boxes stay within it."""
     pictures = [torch.full((3, *size), 200, dtype=torch.uint8) for size in ((40, 70), (64, 96))]
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_black_padding_does_not_change_what_is_found(network: ProposalDetector) 
     assert torch.allclose(images.tensor[0, :, 63, 95], black.flatten())
 
 
-def test_assignment_prefers_fit_and_leaves_doubt_alone() -> None:
+def test_assignment__prefers_fit_and_ignores_doubtful_cells() -> None:
     boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 4, 4], [30, 30, 40, 40], [60, 60, 70, 70.0]])
     centres = torch.tensor([[5, 5], [5, 5], [2, 2], [35, 35], [65, 65.0]])
     scores = torch.tensor([0.5, 0.5, 0.9, 0.9, 0.9])
@@ -131,7 +131,7 @@ def test_assignment__cell_takes_the_object_of_higher_iou() -> None:
     assert found.target.tolist() == pytest.approx([10 / 12])
 
 
-def test_losses_are_least_at_their_targets() -> None:
+def test_proposal_losses__are_least_at_their_targets() -> None:
     logits = torch.linspace(-4, 4, 81)
     loss = quality_focal_loss(logits, torch.full_like(logits, 0.7))
     assert float(logits[loss.argmin()].sigmoid()) == pytest.approx(0.7, abs=0.02)
@@ -144,7 +144,7 @@ def test_losses_are_least_at_their_targets() -> None:
     assert bool(each.isfinite().all())
 
 
-def test_only_objectness_learns_from_background_and_words_never_change(network: ProposalDetector) -> None:
+def test_background__trains_only_objectness_and_words_never_change(network: ProposalDetector) -> None:
     network.train()
     network.backbone.freeze()
     pixels = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8)
@@ -183,7 +183,7 @@ def test_loss__doubtful_boxes_are_ignored(network: ProposalDetector) -> None:
     assert float(sum(losses.values()).detach()) == 0.0
 
 
-def test_export_loads_again_and_boxes_in_pixels_of_the_picture(
+def test_proposal_export__loads_again_with_boxes_in_pixels_of_the_picture(
     arch: Arch, network: ProposalDetector, tmp_path: Path
 ) -> None:
     card = ProposalCard(model={"arch": arch, "post_nms": 7}, sides=(96,))
@@ -200,7 +200,7 @@ def test_export_loads_again_and_boxes_in_pixels_of_the_picture(
     assert torch.allclose(own.regions(picture).boxes[:5], 2 * direct.proposal_boxes.tensor[:5], atol=2.0)
 
 
-def test_other_weights_are_refused(arch: Arch, tmp_path: Path) -> None:
+def test_proposal_weights__others_are_refused(arch: Arch, tmp_path: Path) -> None:
     file = tmp_path / "other.safetensors"
     save_weights(file, {"x": torch.zeros(1)}, {"format": "backbone/1"})
     from ovd.config_proposals import ProposalNetworkConfig
@@ -209,7 +209,7 @@ def test_other_weights_are_refused(arch: Arch, tmp_path: Path) -> None:
         build_from_weights(file, ProposalNetworkConfig(arch=arch))
 
 
-def test_the_command_trains_exports_and_the_export_is_a_proposer(
+def test_proposal_training__trains_exports_and_the_export_proposes(
     arch: Arch, converted: NanoDet | PicoDet, tmp_path: Path
 ) -> None:
     import json
@@ -245,7 +245,7 @@ def test_the_command_trains_exports_and_the_export_is_a_proposer(
     assert len(np.asarray(boxes)) == len(np.asarray(scores)) <= 5
 
 
-def test_geometric_mean_of_scores_is_exact_and_finite_at_the_ends() -> None:
+def test_geometric_mean__is_exact_and_finite_at_the_ends() -> None:
     one, other = (x.flatten() for x in torch.meshgrid(*[torch.tensor([-90.0, -9, -1, 0, 2, 8])] * 2, indexing="ij"))
     expected = (one.double().sigmoid() * other.double().sigmoid()).sqrt()
     logit = geometric_mean(one, other)
@@ -254,7 +254,7 @@ def test_geometric_mean_of_scores_is_exact_and_finite_at_the_ends() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 160), (96, 64), (160, 96)])
-def test_every_level_has_as_many_cells_as_its_map(size: tuple[int, int]) -> None:
+def test_cells__every_level_has_as_many_as_its_map(size: tuple[int, int]) -> None:
     """Also where the coarsest stride does not divide the picture."""
     for architecture in ARCHITECTURES.values():
         with torch.no_grad():

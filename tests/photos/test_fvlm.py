@@ -16,7 +16,7 @@ import torch
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
-from ovd.data.photo_words import Photo, PhotoWords, WordTable, nouns_of, region_targets
+from ovd.data.photo_words import Photo, PhotoLabels, WordTable, nouns_of, region_targets
 from ovd.data.pooled import RegionBatch
 from ovd.evaluation.photo_calibration import photos_of
 from ovd.formats.read import read_labels
@@ -297,7 +297,7 @@ def test_export__has_words_and_proposals(trained: Path) -> None:
     assert theirs.read_bytes() == ours.read_bytes()
 
 
-def photos(trained: Path, **options: object) -> PhotoWords:
+def photos(trained: Path, **options: object) -> PhotoLabels:
     defaults: dict[str, object] = {
         "folder": trained / "images",
         "annotations": [trained / "boxes.json"],
@@ -306,7 +306,7 @@ def photos(trained: Path, **options: object) -> PhotoWords:
         "part": "train",
         "min_score": 0.08,
     }
-    return PhotoWords(**(defaults | options))  # type: ignore[arg-type]
+    return PhotoLabels(**(defaults | options))  # type: ignore[arg-type]
 
 
 def test_photos__part_all_is_every_photo(trained: Path) -> None:

@@ -23,12 +23,12 @@ def common(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.95, 1.0])
-def test_percentiles_are_numpys(common: ModuleType, share: float) -> None:
+def test_percentiles__are_numpys(common: ModuleType, share: float) -> None:
     values = [5.0, 1.0, 9.0, 2.5, 7.0]
     assert common.percentile(values, share) == pytest.approx(np.quantile(values, share))
 
 
-def test_ratios_pair_times_of_the_same_round(common: ModuleType) -> None:
+def test_ratios__pair_times_of_the_same_round(common: ModuleType) -> None:
     slow_then_fast = common.ratio([8.0, 2.0, 4.0], [4.0, 1.0, 2.0])
     assert (slow_then_fast["median"], slow_then_fast["low"], slow_then_fast["high"]) == (2.0, 2.0, 2.0)
 
@@ -45,7 +45,7 @@ def test_pairs__alternate_in_both_orders(common: ModuleType) -> None:
     [*sorted(BENCHMARKS.glob("bench_*.py")), BENCHMARKS / "load_page.py", BENCHMARKS / "check_configs.py"],
     ids=lambda path: path.stem,
 )
-def test_each_benchmark_says_what_it_measures(script: Path) -> None:
+def test_benchmarks__each_says_what_it_measures(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--rounds" in done.stdout and "--json" in done.stdout

@@ -52,7 +52,7 @@ def triangle_weights(low: float, high: float, size: int, extent: int) -> np.ndar
         ((1.5, 2.25, 3.5, 6.25), (1, 1.25, 4, 7.25)),
     ],
 )
-def test_one_and_a_half_times_a_box_keeps_its_centre(box: tuple[float, ...], expected: tuple[float, ...]) -> None:
+def test_enlarged_box__keeps_its_centre(box: tuple[float, ...], expected: tuple[float, ...]) -> None:
     x1, y1, x2, y2 = box
     grown = expand_boxes(np.array([box], dtype=np.float64), 1.5)[0]
     assert grown.tolist() == pytest.approx(expected)
@@ -63,7 +63,7 @@ def test_one_and_a_half_times_a_box_keeps_its_centre(box: tuple[float, ...], exp
 
 @pytest.mark.parametrize("box", [(8, 4, 72, 68), (0, 0, 160, 120), (20, 30, 36, 118), (100, 50, 131, 60), (3, 3, 8, 9)])
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
-def test_whole_pixel_boxes_equal_pil_crop_and_resize(box: tuple[int, int, int, int], resample: str) -> None:
+def test_crop__whole_pixel_boxes_equal_pil_crop_and_resize(box: tuple[int, int, int, int], resample: str) -> None:
     image = photo()
     ours = crop_regions(image, np.array([box]), size=32, scales=(1.0,), resample=resample)[0, 0]  # type: ignore[arg-type]
     filter_ = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[resample]
@@ -81,7 +81,7 @@ def test_whole_pixel_boxes_equal_pil_crop_and_resize(box: tuple[int, int, int, i
 @pytest.mark.parametrize(
     "box", [(10.3, 20.7, 90.2, 77.9), (0.0, 0.0, 160.0, 120.0), (33.4, 5.5, 45.1, 118.0), (155.2, 113.3, 160.0, 120.0)]
 )
-def test_sub_pixel_boxes_equal_an_independent_triangle_filter(box: tuple[float, float, float, float]) -> None:
+def test_crop__sub_pixel_boxes_equal_an_independent_triangle_filter(box: tuple[float, float, float, float]) -> None:
     image = photo(seed=3)
     ours = crop_regions(image, np.array([box]), size=24, scales=(1.0,))[0, 0].numpy().astype(float)
     wx = triangle_weights(box[0], box[2], 24, 160)
@@ -90,28 +90,28 @@ def test_sub_pixel_boxes_equal_an_independent_triangle_filter(box: tuple[float, 
     assert np.abs(ours - reference).max() <= 1.5  # PIL rounds to bytes twice
 
 
-def test_shrinking_does_not_alias() -> None:
+def test_crop__shrinking_does_not_alias() -> None:
     stripes = np.zeros((128, 128, 3), dtype=np.uint8)
     stripes[:, ::2] = 255
     crop = crop_regions(stripes, np.array([[0, 0, 128, 128]]), size=16, scales=(1.0,))
     assert (crop.float() - 127.5).abs().max() < 6  # a filter without antialiasing would return black or white
 
 
-def test_pixel_positions_are_exact() -> None:
+def test_crop__pixel_positions_are_exact() -> None:
     image = position_picture(100, 200)
     crop = crop_regions(image, np.array([[40.0, 20.0, 72.0, 52.0]]), size=32, scales=(1.0,))[0, 0]
     assert crop[0, 5].tolist() == list(range(40, 72))
     assert crop[1, :, 9].tolist() == list(range(20, 52))
 
 
-def test_scales_come_in_order() -> None:
+def test_crop__scales_come_in_order() -> None:
     image = position_picture(100, 200)
     one, larger = crop_regions(image, np.array([[80.0, 40.0, 112.0, 56.0]]), size=16, scales=(1.0, 1.5))[0]
     assert one[0, 8, 0] == pytest.approx(80.5, abs=1) and one[0, 8, -1] == pytest.approx(110.5, abs=1)
     assert larger[0, 8, 0] == pytest.approx(73, abs=1) and larger[0, 8, -1] == pytest.approx(118, abs=1)
 
 
-def test_clamp_cuts_a_border_box_at_the_border() -> None:
+def test_border_clamp__cuts_a_border_box_at_the_border() -> None:
     image = photo()
     box = np.array([[140.0, 100.0, 160.0, 120.0]])
     clamped = crop_regions(image, box, size=16, scales=(1.5,), border="clamp")
@@ -119,7 +119,7 @@ def test_clamp_cuts_a_border_box_at_the_border() -> None:
     assert torch.equal(clamped, by_hand)
 
 
-def test_fill_shows_the_mean_colour_beyond_the_border() -> None:
+def test_border_fill__shows_the_mean_colour_beyond_the_border() -> None:
     white = np.full((120, 160, 3), 255, dtype=np.uint8)
     box = np.array([[140.0, 100.0, 160.0, 120.0]])  # 1.5x hangs out by 5 of 30 pixels: the last sixth
     filled = crop_regions(white, box, size=24, scales=(1.5,), border="fill", fill=MEAN)[0, 0]
@@ -131,7 +131,7 @@ def test_fill_shows_the_mean_colour_beyond_the_border() -> None:
 
 
 @pytest.mark.parametrize("border", ["clamp", "fill"])
-def test_boxes_inside_do_not_depend_on_the_border_option(border: str) -> None:
+def test_border__boxes_inside_do_not_depend_on_it(border: str) -> None:
     image = photo()
     inside = np.array([[40.0, 40.0, 80.0, 80.0]])
     outside = np.array([[0.0, 0.0, 30.0, 30.0]])
@@ -140,21 +140,21 @@ def test_boxes_inside_do_not_depend_on_the_border_option(border: str) -> None:
     assert torch.equal(alone[0], together[0])  # the margin made for one box does not shift another
 
 
-def test_center_keeps_the_middle_square_of_a_long_box() -> None:
+def test_shape_center__keeps_the_middle_square_of_a_long_box() -> None:
     image = position_picture(100, 200)
     crop = crop_regions(image, np.array([[40.0, 20.0, 140.0, 52.0]]), size=32, scales=(1.0,), mode="center")[0, 0]
     assert crop[0, 0].tolist() == list(range(74, 106))
     assert crop[1, :, 0].tolist() == list(range(20, 52))
 
 
-def test_pad_keeps_proportions_and_fills_the_bars() -> None:
+def test_shape_pad__keeps_proportions_and_fills_the_bars() -> None:
     white = np.full((100, 200, 3), 255, dtype=np.uint8)
     crop = crop_regions(white, np.array([[20.0, 20.0, 84.0, 52.0]]), size=32, scales=(1.0,), mode="pad", fill=(0, 0, 0))
     rows = (crop[0, 0, 0] == 255).all(dim=1)
     assert rows.tolist() == [False] * 8 + [True] * 16 + [False] * 8
 
 
-def test_no_boxes_give_no_crops() -> None:
+def test_crop__no_boxes_give_no_crops() -> None:
     crops = crop_regions(photo(), np.zeros((0, 4)), size=8)
     assert crops.shape == (0, 2, 3, 8, 8)
     assert embed_crops(TinyEncoder(), crops).shape == (0, 16)
@@ -172,24 +172,24 @@ def test_no_boxes_give_no_crops() -> None:
         (0, 0, 9e3, 9),
     ],
 )
-def test_boxes_that_show_nothing_are_refused(box: tuple[float, ...]) -> None:
+def test_crop__boxes_of_no_area_are_refused(box: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="box"):
         crop_regions(photo(), np.array([[1, 1, 5, 5], box]), size=8)
 
 
 @pytest.mark.parametrize("option", [{"mode": "stretch"}, {"border": "reflect"}, {"resample": "nearest"}])
-def test_unknown_options_are_refused(option: dict[str, str]) -> None:
+def test_crop__unknown_options_are_refused(option: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="unknown crop option"):
         crop_regions(photo(), np.array([[1, 1, 5, 5]]), size=8, **option)  # type: ignore[arg-type]
 
 
-def test_float_pictures_are_refused() -> None:
+def test_crop__float_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         crop_regions(photo().astype(np.float32), np.array([[1, 1, 5, 5]]), size=8)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("normalise_each", [False, True])
-def test_an_embedding_is_the_sum_over_scales_normalised_once(normalise_each: bool) -> None:
+def test_crop_embedding__is_the_sum_over_scales_normalised_once(normalise_each: bool) -> None:
     encoder, image = TinyEncoder(), photo()
     boxes = np.array([[10.0, 10.0, 50.0, 40.0], [100.0, 60.0, 160.0, 120.0]])
     got = embed_regions(encoder, image, boxes, normalise_each=normalise_each)
@@ -207,27 +207,27 @@ def test_an_embedding_is_the_sum_over_scales_normalised_once(normalise_each: boo
     assert torch.allclose(got.norm(dim=1), torch.ones(2))
 
 
-def test_the_two_crops_of_a_box_differ() -> None:
+def test_crop_embedding__the_two_crops_of_a_box_differ() -> None:
     one = embed_regions(TinyEncoder(), photo(), np.array([[40.0, 40.0, 90.0, 80.0]]), scales=(1.0,))
     both = embed_regions(TinyEncoder(), photo(), np.array([[40.0, 40.0, 90.0, 80.0]]), scales=(1.0, 1.5))
     assert (one - both).abs().max() > 1e-3
 
 
-def test_batches_do_not_change_embeddings() -> None:
+def test_crop_embedding__does_not_depend_on_the_batch() -> None:
     boxes = np.array([[5.0 * i, 3.0 * i, 5.0 * i + 40, 3.0 * i + 30] for i in range(20)])
     whole = embed_regions(TinyEncoder(), photo(), boxes, batch_size=1000)
     pieces = embed_regions(TinyEncoder(), photo(), boxes, batch_size=7)
     assert torch.allclose(whole, pieces, atol=1e-6)
 
 
-def test_embeddings_can_be_trained_against() -> None:
+def test_crop_embedding__can_be_trained_against() -> None:
     target = embed_regions(TinyEncoder(), photo(), np.array([[10.0, 10.0, 50.0, 40.0]]))
     student = torch.nn.Parameter(torch.zeros_like(target))
     (student - target).abs().sum().backward()  # inference tensors would refuse here
     assert student.grad is not None
 
 
-def test_an_encoder_that_returns_nan_is_refused() -> None:
+def test_crop_embedding__an_encoder_that_returns_nan_is_refused() -> None:
     encoder = TinyEncoder()
     with torch.no_grad():
         encoder.project.bias.fill_(float("nan"))
@@ -235,7 +235,7 @@ def test_an_encoder_that_returns_nan_is_refused() -> None:
         embed_regions(encoder, photo(), np.array([[10.0, 10.0, 50.0, 40.0]]))
 
 
-def test_boxes_resize_with_the_picture() -> None:
+def test_boxes__resize_with_the_picture() -> None:
     image = position_picture(100, 200)
     doubled = np.kron(image, np.ones((2, 2, 1), dtype=np.uint8))
     boxes = torch.tensor([[40.0, 20.0, 72.0, 52.0], [90.0, 10.0, 130.0, 70.0], [0.0, 0.0, 20.0, 20.0]])

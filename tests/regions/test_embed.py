@@ -78,7 +78,9 @@ def coco(photos: Path, encoder_folder: Path, out: Path, *more: str) -> list[str]
     ]
 
 
-def test_coco_pictures_end_in_a_store_read_by_coco_id(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
+def test_embed__coco_pictures_end_in_a_store_read_by_coco_id(
+    photos: Path, encoder_folder: Path, tmp_path: Path
+) -> None:
     assert embed.main(coco(photos, encoder_folder, tmp_path / "s")) == 0
     encoder = load_encoder(encoder_folder)
     store = RegionStore.open(
@@ -93,7 +95,9 @@ def test_coco_pictures_end_in_a_store_read_by_coco_id(photos: Path, encoder_fold
     assert torch.allclose(embeddings, embed_regions(encoder, image, boxes), atol=2e-3)
 
 
-def test_sticker_scenes_end_in_a_store_that_fits_the_training_source(encoder_folder: Path, tmp_path: Path) -> None:
+def test_embed__sticker_scenes_end_in_a_store_that_fits_the_training_source(
+    encoder_folder: Path, tmp_path: Path
+) -> None:
     pictures = ["pictures.length=3", "pictures.size=96", "pictures.seed=5", "proposals_per_image=10"]
     common = [f"out={tmp_path / 's'}", "proposer=ground-truth", f"encoder={encoder_folder}", *pictures]
     assert embed.main(common) == 0
@@ -109,7 +113,7 @@ def test_sticker_scenes_end_in_a_store_that_fits_the_training_source(encoder_fol
             store.require(source_fingerprint=fingerprint)
 
 
-def test_another_encoder_is_refused_by_name(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
+def test_embed__another_encoder_is_refused_by_name(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
     assert embed.main(coco(photos, encoder_folder, tmp_path / "s")) == 0
     make_encoder(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="encoder: it has"):
@@ -120,7 +124,7 @@ def test_another_encoder_is_refused_by_name(photos: Path, encoder_folder: Path, 
     assert RegionStore.open(tmp_path / "s").manifest["encoder"] == load_encoder(tmp_path / "other").fingerprint()
 
 
-def test_the_same_command_again_keeps_what_is_there(
+def test_embed__the_same_command_again_keeps_what_is_there(
     photos: Path, encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for expected in ("2 shards written, 0 were whole already", "0 shards written, 2 were whole already"):
@@ -128,7 +132,7 @@ def test_the_same_command_again_keeps_what_is_there(
         assert expected in capsys.readouterr().out
 
 
-def test_check_tells_the_size_and_writes_nothing(
+def test_embed_check__reports_the_size_and_writes_nothing(
     photos: Path, encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert embed.main([*coco(photos, encoder_folder, tmp_path / "s"), "--check"]) == 0
@@ -136,7 +140,7 @@ def test_check_tells_the_size_and_writes_nothing(
     assert not (tmp_path / "s").exists()
 
 
-def test_verify_finds_damage(
+def test_embed_verify__finds_damage(
     photos: Path, encoder_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed.main(coco(photos, encoder_folder, tmp_path / "s"))
@@ -157,13 +161,13 @@ def test_verify_finds_damage(
         (["proposals_per_imag=3"], "proposals_per_image"),
     ],
 )
-def test_mistakes_in_the_configuration_are_named(overrides: list[str], named: str, tmp_path: Path) -> None:
+def test_embed_config__mistakes_are_named(overrides: list[str], named: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=named):
         embed.main([f"out={tmp_path / 's'}", "proposer=ground-truth", *overrides])
     assert not (tmp_path / "s").exists()
 
 
-def test_ground_truth_of_a_plain_folder_is_refused(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
+def test_embed__ground_truth_of_a_plain_folder_is_refused(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ground-truth needs pictures with boxes"):
         embed.main(
             [
@@ -176,13 +180,13 @@ def test_ground_truth_of_a_plain_folder_is_refused(photos: Path, encoder_folder:
         )
 
 
-def test_the_shipped_configuration_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed_config__the_shipped_one_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         embed.main(["--config", str(REPOSITORY / "configs" / "embed.yaml"), "--print-config"])
     assert stop.value.code == 0 and "proposals_per_image" in capsys.readouterr().out
 
 
-def test_helper_processes_share_the_work(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
+def test_embed__helper_processes_share_the_work(photos: Path, encoder_folder: Path, tmp_path: Path) -> None:
     arguments = coco(photos, encoder_folder, tmp_path / "s", "processes=2", "threads=1", "images_per_shard=1")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "ovd.embed", *arguments]
@@ -192,7 +196,7 @@ def test_helper_processes_share_the_work(photos: Path, encoder_folder: Path, tmp
     assert not list((tmp_path / "s").glob("*.lease")) and not list((tmp_path / "s").glob(".*.tmp"))
 
 
-def test_errors_of_the_command_have_no_traceback(tmp_path: Path) -> None:
+def test_embed__errors_have_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ovd.embed", "verify", str(tmp_path / "nothing")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
     assert done.returncode == 2
@@ -204,7 +208,7 @@ def test_errors_of_the_command_have_no_traceback(tmp_path: Path) -> None:
 # --- picture sources --------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_read_by_relative_path(photos: Path, tmp_path: Path) -> None:
+def test_embed__a_folder_is_read_by_relative_path(photos: Path, tmp_path: Path) -> None:
     images = FolderPictures(photos)
     assert list(images.ids) == ["a.png", "c.png", "sub/b.png"]
     assert images.image(2).shape == (41, 60, 3)
@@ -214,7 +218,7 @@ def test_a_folder_is_read_by_relative_path(photos: Path, tmp_path: Path) -> None
     assert FolderPictures(tmp_path).fingerprint() != before
 
 
-def test_coco_boxes_and_fingerprint(photos: Path, tmp_path: Path) -> None:
+def test_coco_regions__boxes_and_fingerprint(photos: Path, tmp_path: Path) -> None:
     images = CocoPictures(photos / "gt.json", photos)
     assert images.boxes(2).tolist() == [[5, 6, 25, 18]]
     moved = shutil.copytree(photos, tmp_path / "moved")
@@ -233,7 +237,7 @@ def test_coco_boxes_and_fingerprint(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"images": [{"id": 1}]}', '{"images": []}'])
-def test_a_file_that_is_not_coco_is_refused(tmp_path: Path, text: str) -> None:
+def test_coco_regions__a_file_that_is_not_coco_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "gt.json").write_text(text)
     with pytest.raises(UserError, match=r"gt\.json"):
         CocoPictures(tmp_path / "gt.json", tmp_path)

@@ -80,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_regions_come_back_by_picture_id(whole: Path) -> None:
+def test_store__regions_come_back_by_picture_id(whole: Path) -> None:
     store, source, encoder = RegionStore.open(whole), NoisePictures(14), TinyEncoder()
     assert len(store) == 14 and list(store) == source.ids and store.dim == 16
     for index in (0, 3, 4, 13):
@@ -96,14 +96,14 @@ def test_regions_come_back_by_picture_id(whole: Path) -> None:
         assert torch.allclose(embeddings, embed_regions(encoder, image, expected.boxes), atol=2e-3)
 
 
-def test_unknown_pictures_raise_key_error(whole: Path) -> None:
+def test_store__unknown_pictures_raise_key_error(whole: Path) -> None:
     store = RegionStore.open(whole)
     assert 1000 in store and 3 not in store
     with pytest.raises(KeyError, match="no picture 3 "):
         store[3]
 
 
-def test_a_store_travels_to_other_processes(whole: Path) -> None:
+def test_store__can_be_pickled_to_other_processes(whole: Path) -> None:
     store = RegionStore.open(whole)
     boxes = store[1000][0]
     sent = bytes(ForkingPickler.dumps(store))
@@ -111,7 +111,7 @@ def test_a_store_travels_to_other_processes(whole: Path) -> None:
     assert torch.equal(ForkingPickler.loads(sent)[1000][0], boxes)
 
 
-def test_rows_are_padded_to_a_fixed_number(whole: Path) -> None:
+def test_store__rows_are_padded_to_a_fixed_number(whole: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(whole / "shard-00003.safetensors")
@@ -121,7 +121,7 @@ def test_rows_are_padded_to_a_fixed_number(whole: Path) -> None:
         assert not tensors["boxes"][row, valid:].any() and not tensors["embeddings"][row, valid:].any()
 
 
-def test_broken_and_tiny_boxes_are_dropped_at_writing(tmp_path: Path) -> None:
+def test_writer__broken_and_tiny_boxes_are_dropped(tmp_path: Path) -> None:
     class Broken:
         def propose(self, image: np.ndarray, *, top: int) -> tuple[np.ndarray, np.ndarray]:
             boxes = [
@@ -140,7 +140,7 @@ def test_broken_and_tiny_boxes_are_dropped_at_writing(tmp_path: Path) -> None:
     assert scores.tolist() == pytest.approx([0.8, 0.2])
 
 
-def test_a_picture_without_proposals_has_none(tmp_path: Path) -> None:
+def test_store__a_picture_without_proposals_has_none(tmp_path: Path) -> None:
     class Empty:
         def propose(self, image: np.ndarray, *, top: int) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.zeros(0, 4), torch.zeros(0)
@@ -150,7 +150,7 @@ def test_a_picture_without_proposals_has_none(tmp_path: Path) -> None:
     assert boxes.shape == (0, 4) and embeddings.shape == (0, 16) and scores.shape == (0,)
 
 
-def test_ground_truth_boxes_round_trip(tmp_path: Path) -> None:
+def test_store__ground_truth_boxes_round_trip(tmp_path: Path) -> None:
     truth = [np.array([[4.5, 5.25, 30, 31], [40, 10, 80, 60]]), np.zeros((0, 4)), np.array([[1, 1, 50.125, 50]])]
     write(tmp_path / "s", length=3, proposer=GroundTruthProposer(truth.__getitem__))
     store = RegionStore.open(tmp_path / "s")
@@ -158,7 +158,7 @@ def test_ground_truth_boxes_round_trip(tmp_path: Path) -> None:
         assert np.array_equal(store[1000 + 7 * index][0].numpy(), boxes.astype(np.float32))
 
 
-def test_the_embedding_of_a_region_follows_settings(tmp_path: Path) -> None:
+def test_settings__decide_the_embedding_of_a_region(tmp_path: Path) -> None:
     encoder, source = TinyEncoder(), NoisePictures(2)
     settings: dict[str, Any] = {"scales": (1.0, 2.0), "crop_mode": "pad", "border": "fill", "normalise_each": True}
     write(tmp_path / "s", source=source, identity=identity_of(encoder, source, **settings))
@@ -184,14 +184,14 @@ def test_the_embedding_of_a_region_follows_settings(tmp_path: Path) -> None:
         ({"image_ids": [1000, 77]}, "1 pictures are not among the 14 .* such as 77"),
     ],
 )
-def test_opening_with_something_else_is_refused_by_name(whole: Path, wanted: dict[str, Any], named: str) -> None:
+def test_open__with_something_else_is_refused_by_name(whole: Path, wanted: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named):
         RegionStore.open(whole, **wanted)
     with pytest.raises(UserError, match=named):
         RegionStore.open(whole).require(**wanted)
 
 
-def test_the_store_of_another_encoder_is_refused_in_one_line_that_names_both(tmp_path: Path) -> None:
+def test_open__another_encoder_is_refused_in_one_line_that_names_both(tmp_path: Path) -> None:
     identity = identity_of(TinyEncoder(), NoisePictures(14))
     write(tmp_path / "s", identity=replace(identity, notes={"encoder": "clip-a", "proposer": "runs/boxes"}))
     with pytest.raises(UserError) as refused:
@@ -205,7 +205,7 @@ def test_the_store_of_another_encoder_is_refused_in_one_line_that_names_both(tmp
     assert "clip-b (eeeeeeeeeeee…)" in str(refused.value)
 
 
-def test_opening_with_what_it_was_made_from_is_accepted(whole: Path) -> None:
+def test_open__with_what_it_was_made_from_is_accepted(whole: Path) -> None:
     encoder, source = TinyEncoder(), NoisePictures(14)
     identity = identity_of(encoder, source)
     store = RegionStore.open(
@@ -232,7 +232,7 @@ def test_opening_with_what_it_was_made_from_is_accepted(whole: Path) -> None:
         (lambda i: replace(i, settings=replace(i.settings, proposals_per_image=5)), "settings.proposals_per_image: "),
     ],
 )
-def test_continuing_with_something_else_is_refused_and_changes_nothing(
+def test_resume__with_something_else_is_refused_and_changes_nothing(
     whole: Path, change: Callable[[Identity], Identity], named: str
 ) -> None:
     before = content(whole)
@@ -241,17 +241,17 @@ def test_continuing_with_something_else_is_refused_and_changes_nothing(
     assert content(whole) == before
 
 
-def test_continuing_with_other_pictures_is_refused(whole: Path) -> None:
+def test_resume__with_other_pictures_is_refused(whole: Path) -> None:
     with pytest.raises(UserError, match=r"images.count: it has 14, you have 15"):
         write(whole, length=15)
 
 
-def test_notes_are_not_compared(whole: Path) -> None:
+def test_settings__notes_are_not_compared(whole: Path) -> None:
     identity = replace(identity_of(TinyEncoder(), NoisePictures(14)), notes={"moved": "elsewhere"})
     assert write(whole, identity=identity) == WriteReport(written=0, reused=4, bad_images=0, complete=True)
 
 
-def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
+def test_open__a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no region store here"):
         RegionStore.open(tmp_path)
     (tmp_path / "thesis.txt").write_text("precious")
@@ -263,13 +263,13 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "ovd-regions/99"}'])
-def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
+def test_open__an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="not a manifest of format"):
         RegionStore.open(tmp_path)
 
 
-def test_repeated_ids_are_refused(tmp_path: Path) -> None:
+def test_writer__repeated_ids_are_refused(tmp_path: Path) -> None:
     source = NoisePictures(3)
     source.ids = [1, 2, 1]
     with pytest.raises(UserError, match="repeat"):
@@ -293,7 +293,7 @@ class StopsAt(NoisePictures):
 
 
 @pytest.mark.parametrize("stop", [2, 4, 9, 13])
-def test_a_resumed_store_equals_one_written_at_once(tmp_path: Path, whole: Path, stop: int) -> None:
+def test_resume__equals_a_store_written_at_once(tmp_path: Path, whole: Path, stop: int) -> None:
     root = tmp_path / "s"
     with pytest.raises(RuntimeError, match="power cut"):
         write(root, source=StopsAt(14, stop))
@@ -304,7 +304,7 @@ def test_a_resumed_store_equals_one_written_at_once(tmp_path: Path, whole: Path,
     assert content(root) == content(whole)
 
 
-def test_finished_shards_are_not_computed_again(tmp_path: Path) -> None:
+def test_resume__finished_shards_are_not_computed_again(tmp_path: Path) -> None:
     root = tmp_path / "s"
     with pytest.raises(RuntimeError):
         write(root, source=StopsAt(14, 9))
@@ -313,7 +313,7 @@ def test_finished_shards_are_not_computed_again(tmp_path: Path) -> None:
     assert source.opened == 6 + 2  # the two of the estimate
 
 
-def test_an_unfinished_store_can_be_read_in_part(tmp_path: Path) -> None:
+def test_open__an_unfinished_store_can_be_read_in_part(tmp_path: Path) -> None:
     root = tmp_path / "s"
     with pytest.raises(RuntimeError):
         write(root, source=StopsAt(14, 9))
@@ -369,7 +369,7 @@ def _write_slowly(root: Path, pause: float) -> None:
     write(root, source=Slow(14, pause))
 
 
-def test_kill_9_leaves_a_store_that_resumes_bit_for_bit(tmp_path: Path, whole: Path) -> None:
+def test_resume__after_kill_9_is_bit_exact(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     process = start_writer(root, 0.1)
     assert process.pid
@@ -388,7 +388,7 @@ def test_kill_9_leaves_a_store_that_resumes_bit_for_bit(tmp_path: Path, whole: P
     assert content(root) == content(whole)
 
 
-def test_leftovers_of_killed_processes_are_gone_from_a_finished_store(tmp_path: Path, whole: Path) -> None:
+def test_store__leftovers_of_killed_processes_are_removed_when_finished(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(whole, root)
     foreign_lease(root, 1, age=0)  # killed after its last file, before it gave the lease back
@@ -397,7 +397,7 @@ def test_leftovers_of_killed_processes_are_gone_from_a_finished_store(tmp_path: 
     assert content(root) == content(whole)
 
 
-def test_a_damaged_shard_is_found_and_written_again(tmp_path: Path, whole: Path) -> None:
+def test_verify__a_damaged_shard_is_found_and_written_again(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(whole, root)
     file = root / "shard-00002.safetensors"
@@ -411,7 +411,7 @@ def test_a_damaged_shard_is_found_and_written_again(tmp_path: Path, whole: Path)
     assert content(root) == content(whole) and RegionStore.open(root).verify() == []
 
 
-def test_a_cut_off_or_missing_shard_is_refused_at_opening(tmp_path: Path, whole: Path) -> None:
+def test_open__a_cut_off_or_missing_shard_is_refused(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(whole, root)
     file = root / "shard-00001.safetensors"
@@ -424,7 +424,7 @@ def test_a_cut_off_or_missing_shard_is_refused_at_opening(tmp_path: Path, whole:
     assert write(root).written == 1 and content(root) == content(whole)
 
 
-def test_a_changed_list_of_pictures_is_refused(tmp_path: Path, whole: Path) -> None:
+def test_open__a_changed_list_of_pictures_is_refused(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     shutil.copytree(whole, root)
     file = next(root.glob("images-*.json"))
@@ -444,7 +444,7 @@ def test_store__removal_keeps_foreign_files(tmp_path: Path, whole: Path) -> None
 # --- sharing ----------------------------------------------------------------------------------------------------------
 
 
-def test_three_processes_write_the_same_store_as_one(tmp_path: Path, whole: Path) -> None:
+def test_writer__three_processes_write_the_same_store_as_one(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     processes = [start_writer(root, 0.02) for _ in range(3)]
     for process in processes:
@@ -453,7 +453,7 @@ def test_three_processes_write_the_same_store_as_one(tmp_path: Path, whole: Path
     assert content(root) == content(whole)
 
 
-def test_threads_share_without_doing_a_shard_twice(tmp_path: Path, whole: Path) -> None:
+def test_lease__threads_do_no_shard_twice(tmp_path: Path, whole: Path) -> None:
     root, sources, reports = tmp_path / "s", [Slow(14, 0.01) for _ in range(4)], []
     identity = identity_of(TinyEncoder(), sources[0])
 
@@ -477,7 +477,7 @@ def foreign_lease(root: Path, shard: int, *, age: float) -> Path:
     return lease
 
 
-def test_a_shard_leased_elsewhere_is_left_alone(tmp_path: Path) -> None:
+def test_lease__a_shard_leased_elsewhere_is_left_alone(tmp_path: Path) -> None:
     root = tmp_path / "s"
     root.mkdir()
     write(tmp_path / "first", length=14)
@@ -489,7 +489,7 @@ def test_a_shard_leased_elsewhere_is_left_alone(tmp_path: Path) -> None:
     assert lease.exists() and not (root / "shard-00002.json").exists()
 
 
-def test_a_silent_lease_is_taken_over(tmp_path: Path, whole: Path) -> None:
+def test_lease__a_stale_one_is_taken_over(tmp_path: Path, whole: Path) -> None:
     root = tmp_path / "s"
     with pytest.raises(RuntimeError):
         write(root, source=StopsAt(14, 5))
@@ -498,7 +498,7 @@ def test_a_silent_lease_is_taken_over(tmp_path: Path, whole: Path) -> None:
     assert content(root) == content(whole)
 
 
-def test_a_long_shard_keeps_its_lease_fresh(tmp_path: Path) -> None:
+def test_lease__a_long_shard_keeps_its_own_fresh(tmp_path: Path) -> None:
     root, stamps = tmp_path / "s", []
 
     class Watches(Slow):
@@ -517,7 +517,7 @@ def test_a_long_shard_keeps_its_lease_fresh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("length", "per_shard", "top"), [(14, 4, 6), (200, 64, 30), (3, 100, 1)])
-def test_the_estimate_is_close_to_the_real_size(tmp_path: Path, length: int, per_shard: int, top: int) -> None:
+def test_estimate__is_close_to_the_real_size(tmp_path: Path, length: int, per_shard: int, top: int) -> None:
     encoder, source = TinyEncoder(embed_dim=64), NoisePictures(length)
     identity = identity_of(encoder, source, images_per_shard=per_shard, proposals_per_image=top)
     plan = estimate(length, identity=identity)
@@ -528,7 +528,7 @@ def test_the_estimate_is_close_to_the_real_size(tmp_path: Path, length: int, per
     assert estimate(length, identity=identity, root=tmp_path / "s").missing_images == 0
 
 
-def test_coco_needs_what_the_literature_says() -> None:
+def test_estimate__of_coco_is_what_the_literature_says() -> None:
     settings = StoreSettings(proposals_per_image=300, crop_size=224)
     identity = Identity(encoder="e", dim=512, proposals="p", source="s", settings=settings)
     assert estimate(118_287, identity=identity).total_bytes == pytest.approx(
@@ -536,14 +536,14 @@ def test_coco_needs_what_the_literature_says() -> None:
     )  # 36.3 GB + boxes, scores
 
 
-def test_size_and_time_are_reported_before_the_first_shard(tmp_path: Path) -> None:
+def test_estimate__size_and_time_are_reported_before_the_first_shard(tmp_path: Path) -> None:
     lines: list[str] = []
     write(tmp_path / "s", log=lines.append)
     assert "14 pictures x 6 proposals x 16 numbers: 9.9 kB" in lines[0] and "about 0.0 min" in lines[0]
     assert lines[1].startswith("shard 1/4: 4 pictures in ")
 
 
-def test_a_small_disk_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimate__a_small_disk_is_refused_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 60_000_000))
     source = NoisePictures(14)
     with pytest.raises(UserError, match=r"are needed but only 60.0 MB are free"):
@@ -564,7 +564,7 @@ class Unreadable(NoisePictures):
         return super().image(index)
 
 
-def test_an_unreadable_picture_is_listed_and_has_no_regions(tmp_path: Path) -> None:
+def test_unreadable_pictures__are_listed_and_have_no_regions(tmp_path: Path) -> None:
     report = write(tmp_path / "s", source=Unreadable(14, {5}))
     assert report.complete and report.bad_images == 1
     store = RegionStore.open(tmp_path / "s")
@@ -573,14 +573,14 @@ def test_an_unreadable_picture_is_listed_and_has_no_regions(tmp_path: Path) -> N
     assert len(store[1035][0]) == 0 and len(store[1042][0]) > 0
 
 
-def test_too_many_unreadable_pictures_stop_the_run(tmp_path: Path) -> None:
+def test_unreadable_pictures__too_many_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read, more than 1%"):
         write(tmp_path / "s", source=Unreadable(14, {5, 9}))
     with pytest.raises(UserError, match="cannot be read, more than 1%"):
         write(tmp_path / "s", source=Unreadable(14, {5, 9}))  # and they are not forgotten on resuming
 
 
-def test_a_store_of_no_readable_picture_is_refused(tmp_path: Path) -> None:
+def test_unreadable_pictures__a_store_of_nothing_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none of the 1 pictures can be read; is it the right folder"):
         write(tmp_path / "s", source=Unreadable(1, {0}))
 
@@ -599,7 +599,7 @@ with multiprocessing.get_context("fork").Pool(2) as pool:
 """
 
 
-def test_reading_does_not_disturb_other_workers(whole: Path) -> None:
+def test_verify__does_not_disturb_other_workers(whole: Path) -> None:
     """In a process of its own: forked from this one, a worker could wait for a lock of another test's thread."""
     command = [sys.executable, "-c", FORKED_READERS, str(whole)]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)

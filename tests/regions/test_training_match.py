@@ -22,7 +22,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 @pytest.mark.parametrize("name", ["vild.yaml", "vild_image.yaml", "vild_ensemble.yaml"])
-def test_shipped_configurations_fit(name: str) -> None:
+def test_embed_configs__fit_the_training_configs(name: str) -> None:
     embed = load_config(EmbedConfig, CONFIGS / "embed.yaml")
     train = load_config(TrainConfig, CONFIGS / name)
     assert train.regions == embed.out and train.weights == embed.proposer and train.encoder == embed.encoder
@@ -32,7 +32,7 @@ def test_shipped_configurations_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("crop", [None, 150])
-def test_ground_truth_regions_stay_on_the_objects_through_flip_resize_and_crop(
+def test_ground_truth_regions__stay_on_the_objects_through_flip_resize_and_crop(
     tmp_path: Path, crop: int | None
 ) -> None:
     from ovd.data.catalog import StickerImages

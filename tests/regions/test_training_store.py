@@ -63,7 +63,7 @@ def overrides(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def test_regions_of_other_photos_are_refused_before_training(tmp_path: Path, overrides: list[str]) -> None:
+def test_training_store__of_other_photos_is_refused_before_training(tmp_path: Path, overrides: list[str]) -> None:
     config = load_config(TrainConfig, None, overrides)
     rcnn.build(config)
     photos(tmp_path / "photos", [3, 5, 9, 11])
@@ -71,7 +71,7 @@ def test_regions_of_other_photos_are_refused_before_training(tmp_path: Path, ove
         rcnn.build(config)
 
 
-def test_the_loop_gets_the_free_keys_and_every_generator_is_seeded(
+def test_training__free_keys_reach_the_loop_and_every_generator_is_seeded(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[dict[str, Any]] = []

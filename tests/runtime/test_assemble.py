@@ -48,7 +48,7 @@ def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_torch")
-def test_the_shipped_archive_gives_what_torch_writes(exported: Path, tmp_path: Path) -> None:
+def test_assemble__the_shipped_archive_gives_what_torch_writes(exported: Path, tmp_path: Path) -> None:
     """Where this fails after a change of the weights or of the export: ``python scripts/build_graphs.py``."""
     made = export("default", tmp_path / "vild-photo")
     assert contents(made) == contents(exported)
@@ -56,7 +56,7 @@ def test_the_shipped_archive_gives_what_torch_writes(exported: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("no_torch")
-def test_in_8_bits_too_it_gives_what_is_written_from_its_ranges(exported: Path, tmp_path: Path) -> None:
+def test_assemble__in_8_bits_gives_what_is_written_from_its_ranges(exported: Path, tmp_path: Path) -> None:
     """Where this fails after a change of `ovd.runtime.quantise`, likewise."""
     made = export("default", tmp_path / "vild-photo", int8=True)
     with zipfile.ZipFile(graphs_of(detector_folder("default"))) as packed:
@@ -88,7 +88,7 @@ def test_graphs__removed_tensors_are_restored() -> None:
     assert fill_holes(stripped, json.loads(json.dumps(holes)), lambda file, name, form: stored[name]) == data
 
 
-def test_weights_in_8_bits_are_rounded_for_each_channel() -> None:
+def test_int8_weights__are_rounded_per_channel() -> None:
     values = np.random.default_rng(0).standard_normal((3, 4, 2, 2)).astype(np.float32)
     values[1] = 0
     rounded = int8_channels(values)
@@ -117,14 +117,16 @@ def small(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_form_of_a_tensor_comes_back(small: Path, tmp_path: Path) -> None:
+def test_packed_tensors__every_form_round_trips(small: Path, tmp_path: Path) -> None:
     assemble(small, tmp_path / "out")
     for name, source in (("graph.onnx", "made"), ("runtime.json", "made"), ("model.json", "weights/small")):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / source / name).read_bytes()
     assert graphs_of(small).stat().st_size < 2000
 
 
-def test_other_weights_and_damaged_archives_are_refused_and_leave_nothing(small: Path, tmp_path: Path) -> None:
+def test_assemble__other_weights_and_damaged_archives_are_refused_and_leave_nothing(
+    small: Path, tmp_path: Path
+) -> None:
     archive, out = graphs_of(small), tmp_path / "out"
     whole = archive.read_bytes()
     save_file({"w": np.zeros((7, 5), np.float16)}, small / "model.safetensors")
@@ -143,7 +145,7 @@ def test_other_weights_and_damaged_archives_are_refused_and_leave_nothing(small:
     shutil.rmtree(small.parent)
 
 
-def test_an_export_that_is_asked_for_is_written_once(
+def test_assemble__a_requested_export_is_written_once(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = bundled_export(small, int8=False)

@@ -129,7 +129,7 @@ def test_finetuned_classes__without_torch(tuned: Path, tmp_path: Path) -> None:
     assert len(json.loads((out / "results.json").read_text())) > 0
 
 
-def test_an_export_of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> None:
+def test_finetuned_export__of_other_branches_is_not_run(tuned: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tuned, tmp_path / "mine")
     card = read_card(folder)
     assert export_for(folder, card, runtime="onnx", device="cpu") == folder / EXPORT_FOLDER

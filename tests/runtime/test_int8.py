@@ -62,7 +62,7 @@ def test_int8__finds_what_float32_finds(small: Path, by_onnx: Detector) -> None:
     assert len(found) >= 10 and np.mean(found) >= 0.75
 
 
-def test_proposals_with_hard_swish_stay_in_single_precision(exported: Path, small: Path) -> None:
+def test_int8__proposals_with_hard_swish_stay_in_single_precision(exported: Path, small: Path) -> None:
     assert (small / PROPOSALS).read_bytes() == (exported / PROPOSALS).read_bytes()
 
 
@@ -79,7 +79,7 @@ def nanodet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(("file", "kept"), [(PROPOSALS, 1 + 3), (TOWER, 1 + 1)])
-def test_first_and_last_convolutions_keep_their_precision(
+def test_int8__first_and_last_convolutions_keep_their_precision(
     exported: Path, small: Path, nanodet: tuple[Path, Path], file: str, kept: int
 ) -> None:
     exported, small = nanodet if file == PROPOSALS else (exported, small)
@@ -93,14 +93,16 @@ def test_first_and_last_convolutions_keep_their_precision(
     assert (small / file).stat().st_size < 0.75 * (exported / file).stat().st_size  # of half precision
 
 
-def test_photos_are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
+def test_calibration_photos__are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
     for number in range(MAX_PHOTOS + 36):
         cv2.imwrite(str(tmp_path / f"{number:03}.bmp"), np.full((8, 8, 3), number, np.uint8))
     seen = [int(photo[0, 0, 0]) for photo in read_photos(tmp_path)]
     assert len(seen) == MAX_PHOTOS and seen[0] == 0 and seen[-1] > 95 and len(set(seen)) == MAX_PHOTOS
 
 
-def test_photos_that_cannot_be_read_are_left_out_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibration_photos__unreadable_ones_are_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="none of its photos can be read .*a.png"):
         read_photos(tmp_path)
@@ -109,7 +111,7 @@ def test_photos_that_cannot_be_read_are_left_out_by_name(tmp_path: Path, capsys:
     assert "1 photos left out (first: " in capsys.readouterr().err
 
 
-def test_few_photos_are_reported_and_without_torch_nothing_else_is_written(
+def test_calibration_photos__few_are_reported_and_without_torch_nothing_else_is_written(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(writing, "export_onnx", lambda *_, **__: None)
@@ -122,7 +124,7 @@ def test_few_photos_are_reported_and_without_torch_nothing_else_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_int8__takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {}
 
     def write(
@@ -140,16 +142,14 @@ def test_the_command_takes_photos_and_writes_beside(monkeypatch: pytest.MonkeyPa
         assert len(options["photos"]) == count and f"{count} photos of" in options["photos_are"]
 
 
-def test_without_photos_the_default_takes_the_ranges_that_came_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_int8__without_photos_takes_the_shipped_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "export_onnx", pytest.fail)
     assert cli.main(["export", "--int8", "--output", str(tmp_path / "small")]) == 0
     card = read_runtime_card(tmp_path / "small")
     assert card.precision == "int8" and "validation part" in card.ranges
 
 
-def test_8_bits_run_where_nothing_was_exported(
+def test_onnx_int8__runs_where_nothing_was_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "weights/vild-photo"
@@ -165,7 +165,7 @@ def test_8_bits_run_where_nothing_was_exported(
     assert len(detector.find(PHOTOS[0], WORDS)) > 0
 
 
-def test_sums_stay_exact_where_they_could_saturate(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8__sums_stay_exact_where_they_could_saturate(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI, sums of two products end at 16 bits, if ONNX Runtime is not told otherwise."""
     answers = []
     for flags, is_set in (("avx512_vnni", False), ("avx2", True)):
@@ -198,7 +198,7 @@ def test_wheel__int8_stores_only_differences(exported: Path, tmp_path: Path) -> 
         (["--int8", "--weights", "vild-sticker"], "has no export to ONNX"),
     ],
 )
-def test_wrong_combinations_are_one_line(argv: list[str], said: str, tmp_path: Path) -> None:
+def test_export_int8__wrong_combinations_are_one_line(argv: list[str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said) as caught:
         cli.main(["export", "--output", str(tmp_path / "out"), *(x.replace("HERE", str(tmp_path)) for x in argv)])
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()

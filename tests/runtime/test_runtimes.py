@@ -48,7 +48,7 @@ def partners(asked: Detections, answered: Detections) -> Sequence[bool]:
     return found
 
 
-def test_both_runtimes_find_the_same(by_torch: Detector, by_onnx: Detector) -> None:
+def test_runtimes__give_the_same_detections(by_torch: Detector, by_onnx: Detector) -> None:
     found: list[bool] = []
     for photo in PHOTOS:
         one, other = (detector.find(photo, WORDS, threshold=0.02) for detector in (by_torch, by_onnx))
@@ -58,7 +58,7 @@ def test_both_runtimes_find_the_same(by_torch: Detector, by_onnx: Detector) -> N
     assert len(found) > 60 and np.mean(found) >= 0.99
 
 
-def test_crops_thresholds_and_regions_are_the_same(by_torch: Detector, by_onnx: Detector) -> None:
+def test_runtimes__crops_thresholds_and_regions_are_the_same(by_torch: Detector, by_onnx: Detector) -> None:
     scene = np.asarray(Image.open(PHOTOS[0]).convert("RGB"))
     examples = {"bird": [(20, 40, 220, 300)], "-wall": [(0, 0, 90, 60)]}
     answers = [detector.find(scene, "grass", examples=examples) for detector in (by_torch, by_onnx)]
@@ -71,20 +71,20 @@ def test_crops_thresholds_and_regions_are_the_same(by_torch: Detector, by_onnx: 
 
 
 @pytest.mark.parametrize("size", [(9, 400), (33, 20), (700, 64)])
-def test_pictures_of_any_shape(by_torch: Detector, by_onnx: Detector, size: tuple[int, int]) -> None:
+def test_runtimes__take_pictures_of_any_shape(by_torch: Detector, by_onnx: Detector, size: tuple[int, int]) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     one, other = (detector.embed(picture).regions for detector in (by_torch, by_onnx))
     assert len(one) == len(other)
     np.testing.assert_allclose(np.sort(other.objectness), np.sort(one.objectness), atol=1e-3)
 
 
-def test_an_export_is_the_same_weights(exported: Path, by_onnx: Detector) -> None:
+def test_export__has_the_same_weights(exported: Path, by_onnx: Detector) -> None:
     assert read_model_card(exported)["sha256"] == read_model_card(detector_folder("default"))["sha256"]
     assert by_onnx.card["settings"] == read_model_card(detector_folder("default"))["settings"]
 
 
 @pytest.mark.parametrize("file", [PROPOSALS, TOWER, REGIONS, TEXT])
-def test_graphs_hold_the_stored_weights_exactly(exported: Path, file: str) -> None:
+def test_export__graphs_hold_the_stored_weights_exactly(exported: Path, file: str) -> None:
     folder = detector_folder("default")
     stored = set()
     for name in (*(folder / source for source in SOURCES), folder.parent / "clip-photo/model.safetensors"):
@@ -97,7 +97,7 @@ def test_graphs_hold_the_stored_weights_exactly(exported: Path, file: str) -> No
     assert [values.shape for values in large if values.tobytes() not in stored] == []
 
 
-def test_crops_are_embedded_as_by_torch(by_torch: Detector, by_onnx: Detector) -> None:
+def test_export__crops_are_embedded_as_by_torch(by_torch: Detector, by_onnx: Detector) -> None:
     side = by_onnx.text.encoder.image_size
     crops = np.random.default_rng(0).integers(0, 256, (3, 3, side, side), dtype=np.uint8)
     one, other = (unit_rows(detector.text.encoder.crop_rows(crops)) for detector in (by_torch, by_onnx))
@@ -120,7 +120,7 @@ def without_torch(*argv: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_onnxruntime_keeps_no_identifier_of_the_machine(exported: Path, tmp_path: Path) -> None:
+def test_onnxruntime__stores_no_identifier_of_the_machine(exported: Path, tmp_path: Path) -> None:
     """Its telemetry would write one, and a database of events, when the library is loaded."""
     code = "import sys, pathlib, ovd.runtime.session as s; s.open_session(pathlib.Path(sys.argv[1]))"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_")) and name != "CI"}
@@ -129,7 +129,7 @@ def test_onnxruntime_keeps_no_identifier_of_the_machine(exported: Path, tmp_path
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_predict_runs_without_torch(exported: Path, by_onnx: Detector, tmp_path: Path) -> None:
+def test_without_torch__predict_runs(exported: Path, by_onnx: Detector, tmp_path: Path) -> None:
     words, out = "chicken, mug: cup, -person", tmp_path / "out"
     done = without_torch(
         "predict", str(PHOTOS[0]), "--classes", words, "--weights", str(exported), "--out", str(out), "--format", "yolo"
@@ -141,7 +141,7 @@ def test_predict_runs_without_torch(exported: Path, by_onnx: Detector, tmp_path:
     assert (out / "drawn").is_dir() and len(rows) == len(found) > 0
 
 
-def test_a_folder_is_labelled_without_torch(exported: Path, tmp_path: Path) -> None:
+def test_without_torch__a_folder_is_labelled(exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     done = without_torch(
         "label", str(PHOTOS[0].parent), "--classes", "chicken, dog", "--weights", str(exported), "--out", str(out)
@@ -150,7 +150,7 @@ def test_a_folder_is_labelled_without_torch(exported: Path, tmp_path: Path) -> N
     assert (out / "data.yaml").is_file()
 
 
-def test_the_page_is_made_without_torch(exported: Path) -> None:
+def test_without_torch__the_page_is_built(exported: Path) -> None:
     code = (
         "from ovd import Detector\nfrom ovd.demo.answer import Answerer\nfrom ovd.demo.page import build_page\n"
         f"answerer = Answerer(detector=Detector.load({str(exported)!r}))\nbuild_page(answerer)\n"
@@ -162,7 +162,7 @@ def test_the_page_is_made_without_torch(exported: Path) -> None:
     assert done.returncode == 0 and int(done.stdout.split()[-1]) > 0, done.stderr
 
 
-def test_a_command_that_needs_torch_names_the_line_that_installs_it() -> None:
+def test_without_torch__a_command_that_needs_it_names_the_line_that_installs_it() -> None:
     done = without_torch("evaluate", "--weights", "vild-sticker", "--data", "stickers")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert done.stderr.startswith("error: ") and 'pip install "wordbox[train]"' in done.stderr
@@ -184,7 +184,7 @@ def test_runtime__unsupported_options_are_one_line(weights: str, runtime: Runtim
     assert "\n" not in str(caught.value)
 
 
-def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Path) -> None:
+def test_without_torch__weights_without_an_export_name_the_command_that_writes_one(tmp_path: Path) -> None:
     folder = shutil.copytree(
         detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns(EXPORT_FOLDER)
     )
@@ -200,7 +200,7 @@ def test_weights_without_an_export_name_the_command_that_writes_one(tmp_path: Pa
         ("default", "auto", "cuda", r'^device cuda needs torch, .*pip install "wordbox\[train\]"'),
     ],
 )
-def test_where_torch_is_missing_the_next_step_is_named(
+def test_without_torch__the_next_step_is_named(
     weights: str, runtime: Runtime, device: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
@@ -222,7 +222,7 @@ def test_auto__without_torch_assembles_the_shipped_export(by_onnx: Detector, tmp
     assert scores == pytest.approx(by_onnx.find(PHOTOS[0], "chicken").confidence.tolist(), abs=1e-4) and scores
 
 
-def test_auto_without_torch_names_the_command_for_weights_that_need_an_export(
+def test_without_torch__auto_names_the_command_for_weights_that_need_an_export(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(detector_folder("default"), tmp_path / "mine", ignore=shutil.ignore_patterns("onnx*"))
@@ -244,7 +244,7 @@ def beside(folder: Path, exported: Path) -> Path:
     return folder
 
 
-def test_an_export_beside_its_weights_runs_with_their_calibration(exported: Path, tmp_path: Path) -> None:
+def test_export__beside_its_weights_uses_their_calibration(exported: Path, tmp_path: Path) -> None:
     folder = beside(tmp_path / "mine", exported)
     assert find_export(folder) == folder / EXPORT_FOLDER
     card = json.loads((folder / "model.json").read_text())
@@ -257,7 +257,7 @@ def test_an_export_beside_its_weights_runs_with_their_calibration(exported: Path
         assert detector.threshold_for(detector.query("everything")) == 0.72
 
 
-def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -> None:
+def test_export__of_other_weights_is_not_run(exported: Path, tmp_path: Path) -> None:
     folder = beside(tmp_path / "mine", exported)
     record = json.loads((folder / EXPORT_FOLDER / CARD).read_text())
     record["sources"][SOURCES[0]] = "0" * 64
@@ -266,7 +266,7 @@ def test_an_export_of_other_weights_is_not_run(exported: Path, tmp_path: Path) -
         Detector.load(folder, runtime="onnx")
 
 
-def test_a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
+def test_export__a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "damaged")
     (folder / "tower.onnx").write_bytes(b"no graph")
     detector = Detector.load(folder, runtime="onnx")
@@ -298,7 +298,7 @@ def test_export__unsupported_weights_are_refused(argv: list[str], said: str, tmp
         (False, None, "cuda", False),
     ],
 )
-def test_auto_takes_the_faster(
+def test_auto__takes_the_faster_runtime(
     exported: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

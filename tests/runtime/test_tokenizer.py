@@ -38,7 +38,7 @@ def test_tokenizer__equals_open_clip_on_any_text(pairs: BytePairs, text: str) ->
     np.testing.assert_array_equal(pairs([text]), ClipTokenizer(LENGTH)([text]).numpy())
 
 
-def test_one_text_is_no_list_and_a_missing_file_is_named(pairs: BytePairs, tmp_path: Path) -> None:
+def test_tokenizer__a_single_text_and_a_missing_file_are_refused(pairs: BytePairs, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="list of texts"):
         pairs("dog")
     with pytest.raises(UserError, match=r"merges\.txt: cannot be read"):

@@ -32,7 +32,7 @@ def run(*command: str | Path, where: Path, **more: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_wheel_finds_the_checkouts_boxes(by_torch: Detector, tmp_path: Path) -> None:
+def test_wheel__detects_the_same_boxes_as_the_checkout(by_torch: Detector, tmp_path: Path) -> None:
     run(sys.executable, ROOT / "scripts/build_wheel.py", "--out", tmp_path / "dist", where=ROOT, PYTHONPATH=str(ROOT))
     (wheel,) = (tmp_path / "dist").glob("wordbox-*.whl")
     assert wheel.stat().st_size <= 95_000_000

@@ -29,7 +29,7 @@ VIT = "timm:vit_tiny_patch16_224"
         ("torchvision:mobilenet_v3_small", [64, 32]),
     ],
 )
-def test_a_backbone_answers_for_every_size_of_the_views(name: str, sizes: list[int]) -> None:
+def test_backbone__takes_every_size_of_the_views(name: str, sizes: list[int]) -> None:
     backbone = build_backbone(BackboneConfig(name=name), sizes=sizes)
     assert backbone.training, "as it was built: the trial leaves no trace"
     for size in sizes:
@@ -47,7 +47,7 @@ def test_a_backbone_answers_for_every_size_of_the_views(name: str, sizes: list[i
         ("timm:mixer_s32_224", [64, 32], r"takes pictures of one size only; method\.views has \[32, 64\]"),
     ],
 )
-def test_views_that_a_backbone_cannot_take_are_named_with_the_reason(name: str, sizes: list[int], said: str) -> None:
+def test_backbone__views_that_it_cannot_take_are_named_with_the_reason(name: str, sizes: list[int], said: str) -> None:
     with pytest.raises(UserError, match=f"method.backbone.name.*{said}"):
         build_backbone(BackboneConfig(name=name), sizes=sizes)
 
@@ -56,25 +56,27 @@ def test_views_that_a_backbone_cannot_take_are_named_with_the_reason(name: str, 
 @pytest.mark.parametrize(
     ("name", "last"), [("torchvision:resnet18", "bn2"), ("timm:resnet18", "bn2"), ("timm:resnet50", "bn3")]
 )
-def test_residual_blocks_of_other_libraries_start_as_the_config_says(name: str, last: str, zero: bool) -> None:
+def test_zero_init__residual_blocks_of_other_libraries_start_as_the_config_says(
+    name: str, last: str, zero: bool
+) -> None:
     backbone = build_backbone(BackboneConfig(name=name, zero_init=zero), sizes=[64])
     gains = [p for key, p in backbone.named_parameters() if key.endswith(f"{last}.weight") and ".layer" in key]
     assert len(gains) in (8, 16) and all(bool((gain == (0 if zero else 1)).all()) for gain in gains)
 
 
-def test_a_stem_that_another_library_does_not_take_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_stem__one_that_another_library_does_not_take_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
     build_backbone(BackboneConfig(name="timm:resnet18", stem="small"), sizes=[64])
     assert "stem: small is for our ResNets; timm:resnet18 has its own" in capsys.readouterr().err
     build_backbone(BackboneConfig(name="resnet18", stem="small"), sizes=[64])
     assert capsys.readouterr().err == ""
 
 
-def test_a_tag_that_timm_does_not_know_is_named() -> None:
+def test_timm__an_unknown_tag_is_named() -> None:
     with pytest.raises(UserError, match=r"method\.backbone\.name: timm:vit_tiny_patch16_224\.foo: .*tag"):
         build_backbone(BackboneConfig(name="timm:vit_tiny_patch16_224.foo"))
 
 
-def test_a_vision_transformer_of_small_pictures_is_saved_and_comes_back(tmp_path: Path) -> None:
+def test_vit__of_small_pictures_is_saved_and_loaded(tmp_path: Path) -> None:
     config = BackboneConfig(name=VIT)
     net = build_backbone(config, sizes=[32]).eval()
     save_backbone(tmp_path, net, config=config, method="simsiam", size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -86,7 +88,7 @@ def test_a_vision_transformer_of_small_pictures_is_saved_and_comes_back(tmp_path
 
 
 @pytest.mark.parametrize("method", ["swav", "moco_v2"])
-def test_a_vision_transformer_learns_by_crops_of_two_sizes_and_without_batch_norm(method: str) -> None:
+def test_vit__learns_from_crops_of_two_sizes_without_batch_norm(method: str) -> None:
     torch.manual_seed(0)
     views: list[dict[str, Any]] = [{"size": 32, "count": 2}]
     if method == "swav":

@@ -27,17 +27,17 @@ VIEWS = Views((6, 6))
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.97), (500, 0.985), (1000, 1.0)])
-def test_the_momentum_rises_from_its_base_to_one(step: int, expected: float) -> None:
+def test_byol_momentum__rises_from_its_base_to_one(step: int, expected: float) -> None:
     assert cosine_momentum(step, 1000, base=0.97) == pytest.approx(expected, abs=1e-12)
 
 
-def test_the_momentum_is_the_papers_formula() -> None:
+def test_byol_momentum__is_the_papers_formula() -> None:
     for step in (1, 77, 640):
         formula = 1 - (1 - 0.99) * (math.cos(math.pi * step / 1000) + 1) / 2
         assert cosine_momentum(step, 1000, base=0.99) == formula
 
 
-def test_the_loss_is_the_sum_of_both_directions_against_the_target_of_the_other_view() -> None:
+def test_byol_loss__is_the_sum_of_both_directions_against_the_target_of_the_other_view() -> None:
     task = byol()
     for p in task.target_projector.parameters():
         p.data.add_(0.1 * torch.randn_like(p))  # away from the online network, or a mistaken branch would not show
@@ -55,7 +55,7 @@ def byol_loss(task: BYOL) -> torch.Tensor:
     return task(VIEWS.batch())[0]
 
 
-def test_no_gradient_reaches_the_target_and_all_of_the_online_network_gets_some() -> None:
+def test_byol__no_gradient_reaches_the_target_and_all_of_the_online_network_gets_some() -> None:
     task = byol()
     byol_loss(task).backward()
     for name, p in task.named_parameters():
@@ -63,7 +63,7 @@ def test_no_gradient_reaches_the_target_and_all_of_the_online_network_gets_some(
         assert name.startswith("target_") or float(p.grad.abs().sum()) > 0, name  # type: ignore[union-attr]
 
 
-def test_the_target_moves_after_the_step_by_the_schedule_and_keeps_its_buffers() -> None:
+def test_byol__the_target_moves_after_the_step_by_the_schedule_and_keeps_its_buffers() -> None:
     task = byol()
     byol_loss(task)
     before = copy.deepcopy(task.state_dict())
@@ -90,7 +90,7 @@ def test_target__momentum_is_one_at_the_last_step() -> None:
         assert torch.equal(value, before[name])
 
 
-def test_accumulation_moves_the_target_once_per_optimiser_step(tmp_path: Path) -> None:
+def test_byol__accumulation_moves_the_target_once_per_optimiser_step(tmp_path: Path) -> None:
     calls = []
 
     class Counting(BYOL):
@@ -105,6 +105,6 @@ def test_accumulation_moves_the_target_once_per_optimiser_step(tmp_path: Path) -
     assert calls == [(0, 3), (1, 3), (2, 3)]
 
 
-def test_three_views_are_refused() -> None:
+def test_byol__three_views_are_refused() -> None:
     with pytest.raises(ValueError, match="two views"):
         byol(augment=(as_float,) * 3)

@@ -29,7 +29,7 @@ def task() -> BYOL:
     return made
 
 
-def test_no_module_of_either_network_has_batch_statistics() -> None:
+def test_byol_gn__no_module_of_either_network_has_batch_statistics() -> None:
     made = task()
     kinds = {type(m) for m in made.modules()}
     assert not [kind for kind in kinds if issubclass(kind, nn.modules.batchnorm._BatchNorm)]
@@ -38,7 +38,7 @@ def test_no_module_of_either_network_has_batch_statistics() -> None:
     assert list(made.named_buffers()) == [], "no running statistics"
 
 
-def test_the_output_of_one_picture_does_not_depend_on_the_others() -> None:
+def test_byol_gn__the_output_of_one_picture_does_not_depend_on_the_others() -> None:
     made = task().train()
     pixels = as_float(Views((32,)).batch(6)["views"][0])
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_the_output_of_one_picture_does_not_depend_on_the_others() -> None:
     )
 
 
-def test_folding_gives_plain_convolutions_with_the_same_features_after_training() -> None:
+def test_weight_standardisation__folds_to_plain_convolutions_with_the_same_features() -> None:
     made, views = task(), Views((32, 32))
     optimizer = LARS(default_groups(made.named_parameters(), weight_decay=1e-6), lr=1.0)
     for step in range(2):

@@ -45,7 +45,7 @@ def table(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("i
 # --- three ways to name captions
 
 
-def test_rows_of_a_table_are_pictures_and_several_of_one_are_its_captions(photos: Path) -> None:
+def test_caption_table__rows_are_pictures_and_several_of_one_are_its_captions(photos: Path) -> None:
     rows = [("wide.png", '"a dog, running"'), ("small.png", "a cup"), ("wide.png", "a beagle")]
     found = build_captioned(table(photos / "pairs.csv", rows))
     assert [list(found.captions(i)) for i in range(len(found))] == [["a dog, running", "a beagle"], ["a cup"]]
@@ -72,7 +72,7 @@ def test_coco_captions__are_read(photos: Path, capsys: pytest.CaptureFixture[str
     assert "1 of 2 pictures have no caption and are left out" in capsys.readouterr().err
 
 
-def test_pictures_of_shards_that_have_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_caption_shards__give_pictures_that_have_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shard(tmp_path / "p-0.tar", {"a.png": encoded(1), "a.txt": "ein Hündchen\n".encode(), "b.png": encoded(2)})
     shard(tmp_path / "p-1.tar", {"c.txt": b"", "c.png": encoded(3), "d.png": encoded(9), "d.txt": b"last"})
     for _ in range(2):  # the second time from the index files
@@ -94,7 +94,7 @@ def test_pictures_of_shards_that_have_a_text(tmp_path: Path, capsys: pytest.Capt
 # --- what a sample is
 
 
-def test_a_sample_is_a_random_square_of_the_short_side_and_one_caption(photos: Path) -> None:
+def test_caption_sample__is_a_random_square_of_the_short_side_and_one_caption(photos: Path) -> None:
     images = CaptionedFiles([photos / "wide.png", photos / "tall.png"], [["a", "b", "c"], ["d"]])
     source = CaptionedSource(images, size=16, seed=0)
     drawn = [source.sample(0, draw) for draw in range(40)]
@@ -109,7 +109,7 @@ def test_a_sample_is_a_random_square_of_the_short_side_and_one_caption(photos: P
     assert int(tall[0][0].max()) - int(tall[0][0].min()) > 220 and tall[1] == "d"
 
 
-def test_samples_repeat_by_seed_index_and_draw(photos: Path) -> None:
+def test_caption_sample__repeats_by_seed_index_and_draw(photos: Path) -> None:
     images = CaptionedFiles([photos / "wide.png"], [["a", "b", "c"]])
     once, again, other = (CaptionedSource(images, size=16, seed=seed) for seed in (0, 0, 1))
     same = [np.array_equal(once.sample(0, d)[0], again.sample(0, d)[0]) for d in range(8)]
@@ -120,7 +120,7 @@ def test_samples_repeat_by_seed_index_and_draw(photos: Path) -> None:
 # --- mistakes
 
 
-def test_tables_with_mistakes_are_named_with_the_line_or_the_column(photos: Path, tmp_path: Path) -> None:
+def test_caption_table__mistakes_are_named_with_the_line_or_the_column(photos: Path, tmp_path: Path) -> None:
     def build(rows: list[tuple[str, str]], **header: Any) -> None:
         build_captioned(table(photos / "pairs.csv", rows, **header))
 
@@ -147,7 +147,7 @@ def test_tables_with_mistakes_are_named_with_the_line_or_the_column(photos: Path
         build_captioned(CaptionTable(kind="caption_table", path=tmp_path / "bytes.csv"))
 
 
-def test_other_json_and_other_folders_are_named(photos: Path, tmp_path: Path) -> None:
+def test_caption_files__other_json_and_other_folders_are_named(photos: Path, tmp_path: Path) -> None:
     path = tmp_path / "instances.json"
 
     def build(content: Any) -> None:
@@ -175,7 +175,7 @@ def test_other_json_and_other_folders_are_named(photos: Path, tmp_path: Path) ->
         )
 
 
-def test_captions_without_nouns_go_with_own_captions_only() -> None:
+def test_captions__of_a_table_name_no_nouns_to_compare() -> None:
     with pytest.raises(
         ConfigError, match=r"nothing says which captions of caption_table name the same; set it to false"
     ):
@@ -185,7 +185,7 @@ def test_captions_without_nouns_go_with_own_captions_only() -> None:
 # --- the whole way
 
 
-def test_the_papers_configuration_learns_from_photos_with_captions(photos: Path, tmp_path: Path) -> None:
+def test_clip__the_papers_configuration_learns_from_photos_with_captions(photos: Path, tmp_path: Path) -> None:
     """The recipe of configs/paper with towers of a few channels: watched, trained in pieces, exported."""
     pairs = table(photos / "pairs.csv", [(f"{n}.png", f"a {n} thing") for n in ("wide", "tall", "small")])
     small = [

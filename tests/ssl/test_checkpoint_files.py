@@ -22,7 +22,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
 
 
 @pytest.mark.parametrize("number", [np.float64(0.5), np.float32(1), np.int64(3), np.bool_(True), np.float16(2)])
-def test_figures_of_numpy_beside_the_weights_are_read(tmp_path: Path, number: object) -> None:
+def test_checkpoint_file__numpy_scalars_beside_the_weights_are_read(tmp_path: Path, number: object) -> None:
     torch.save({"state_dict": TENSORS, "best": number}, tmp_path / "c.pth")
     assert torch.equal(read_tensors(tmp_path / "c.pth")["a.weight"], TENSORS["a.weight"])
 
@@ -51,7 +51,7 @@ def test_checkpoint__wrapper_prefixes_are_removed(tmp_path: Path, wrapper: str) 
 
 
 @pytest.mark.parametrize("name", ["w.SAFETENSORS", "w.bin", "w.pth", "w"])
-def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+def test_checkpoint_file__safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
     save_file(TENSORS, tmp_path / "w.tmp")
     (tmp_path / "w.tmp").rename(tmp_path / name)
     assert torch.equal(read_tensors(tmp_path / name)["a.weight"], TENSORS["a.weight"])
@@ -59,13 +59,13 @@ def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> No
 
 @pytest.mark.parametrize("read", [read_tensors, load_weights])
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_pointer_of_git_lfs_is_distinguished_from_damage(tmp_path: Path, name: str, read: Any) -> None:
+def test_checkpoint_file__a_git_lfs_pointer_is_distinguished_from_damage(tmp_path: Path, name: str, read: Any) -> None:
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(UserError, match=r"a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"):
         read(tmp_path / name)
 
 
-def test_a_bare_pickle_is_no_checkpoint(tmp_path: Path) -> None:
+def test_checkpoint_file__a_bare_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.pth").write_bytes(b"\x80\x04}\x94\x8c\x01a\x94K\x01s.")  # {"a": 1}
     with pytest.raises(UserError, match=r"c\.pth: "):
         read_tensors(tmp_path / "c.pth")

@@ -35,7 +35,7 @@ def batch(size: int = 32, views: int = 2) -> dict[str, Any]:
     return {"views": [torch.from_numpy(rng.integers(0, 256, (8, 3, size, size), np.uint8)) for _ in range(views)]}
 
 
-def test_alternation_with_one_step_is_simsiam(claims: dict[str, ModuleType]) -> None:
+def test_alternation__with_one_step_is_simsiam(claims: dict[str, ModuleType]) -> None:
     """Three steps of both from the same weights: the same losses and the same weights afterwards."""
     losses, weights = [], []
     for make in (
@@ -59,7 +59,7 @@ def test_alternation_with_one_step_is_simsiam(claims: dict[str, ModuleType]) -> 
     torch.testing.assert_close(*weights)
 
 
-def test_alternation_keeps_its_targets_for_so_many_steps(claims: dict[str, ModuleType]) -> None:
+def test_alternation__keeps_its_targets_for_the_given_steps(claims: dict[str, ModuleType]) -> None:
     task = claims["simsiam_alternating"].make(3)
     first = task.fixed_projector[0].weight.clone()
     moved = []
@@ -71,13 +71,13 @@ def test_alternation_keeps_its_targets_for_so_many_steps(claims: dict[str, Modul
     torch.testing.assert_close(task.fixed_projector[0].weight, first + 6)
 
 
-def test_batch_sizes_see_the_same_number_of_pictures(claims: dict[str, ModuleType]) -> None:
+def test_batch_size_runs__see_the_same_number_of_pictures(claims: dict[str, ModuleType]) -> None:
     for case in claims["batch_size"].CASES.values():
         given = case(None)
         assert given["steps"] * given["batch"] == pytest.approx(claims["batch_size"].SAMPLES, rel=0.01)
 
 
-def test_broken_variants_lack_one_part(claims: dict[str, ModuleType]) -> None:
+def test_ablations__lack_one_part_each(claims: dict[str, ModuleType]) -> None:
     collapse = claims["collapse"]
     assert isinstance(collapse.byol(predictor=False).predictor, torch.nn.Identity)
     assert collapse.simsiam(stop_gradient=False).stop_gradient is False
@@ -107,6 +107,6 @@ def test_experiment__resumes(claims: dict[str, ModuleType], tmp_path: Path, monk
     assert (tmp_path / "toy.svg").read_text().count("<svg") == 1
 
 
-def test_spread_over_seeds(claims: dict[str, ModuleType]) -> None:
+def test_claims__spread_over_seeds(claims: dict[str, ModuleType]) -> None:
     mean, spread = claims["common"].mean_and_spread([{"knn": 0.2}, {"knn": 0.4}, {"knn": 0.6}])
     assert (mean, spread) == pytest.approx((0.4, 0.2))

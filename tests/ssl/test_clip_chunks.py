@@ -84,7 +84,7 @@ def same(ours: dict[str, Tensor], true: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 4, 8, 100])
 @pytest.mark.parametrize("nouns", [True, False])
-def test_loss_and_every_gradient_equal_those_of_the_whole_batch(chunk: int, nouns: bool) -> None:
+def test_clip_chunks__loss_and_every_gradient_equal_those_of_the_whole_batch(chunk: int, nouns: bool) -> None:
     changes: dict[str, Any] = {} if nouns else {"names": None, "same_noun_positive": False}
     loss, true = step(task_of(chunk=None, **changes))
     value, ours = step(task_of(chunk=chunk, **changes))
@@ -93,7 +93,7 @@ def test_loss_and_every_gradient_equal_those_of_the_whole_batch(chunk: int, noun
     same(ours, true)
 
 
-def test_random_changes_of_the_pictures_are_those_of_the_whole_batch() -> None:
+def test_clip_chunks__augmentations_are_those_of_the_whole_batch() -> None:
     changed = {"augmentation": AugmentConfig()}
     (loss, true), (value, ours) = (step(task_of(chunk=chunk, **changed)) for chunk in (None, 3))
     assert value.item() == pytest.approx(loss.item(), rel=1e-6)
@@ -101,7 +101,9 @@ def test_random_changes_of_the_pictures_are_those_of_the_whole_batch() -> None:
     assert loss != step(task_of(chunk=None))[0]
 
 
-def test_a_large_batch_is_kept_as_bytes_and_becomes_floats_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clip_chunks__a_large_batch_stays_uint8_and_becomes_float_chunk_by_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     kept: list[tuple[Tensor, ...]] = []
 
     def noted(encode: Any, *inputs: Tensor, **options: Any) -> Tensor:
@@ -125,7 +127,7 @@ def test_chunked__second_pass_repeats_dropout_and_restores_rng() -> None:
     same(ours, true)
 
 
-def test_accumulated_and_scaled_losses_scale_the_gradient() -> None:
+def test_clip_chunks__accumulated_and_scaled_losses_scale_the_gradient() -> None:
     """What the loop does to a loss before the backward pass: divide it, and multiply it for fp16."""
     _, true = step(task_of(chunk=None))
     task = task_of(chunk=3)
@@ -135,7 +137,7 @@ def test_accumulated_and_scaled_losses_scale_the_gradient() -> None:
     same({n: p.grad / 512 for n, p in task.named_parameters() if p.grad is not None}, true)
 
 
-def test_under_autocast_both_passes_compute_alike() -> None:
+def test_clip_chunks__under_autocast_both_passes_compute_alike() -> None:
     (loss, true), (value, ours) = (step(task_of(chunk=chunk), autocast=True) for chunk in (None, 4))
     assert value.item() == pytest.approx(loss.item(), rel=1e-6)
     flat, expected = (torch.cat([grads[name].flatten() for name in true]) for grads in (ours, true))
@@ -143,7 +145,7 @@ def test_under_autocast_both_passes_compute_alike() -> None:
     assert flat.norm() / expected.norm() == pytest.approx(1, abs=1e-2)
 
 
-def test_one_piece_at_a_time_is_encoded_with_activations() -> None:
+def test_clip_chunks__one_chunk_at_a_time_is_encoded_with_activations() -> None:
     """A piece's second pass comes after the gradient has gone through the one before, whose activations are gone."""
     task = task_of(chunk=3)
     step(task)
@@ -152,7 +154,7 @@ def test_one_piece_at_a_time_is_encoded_with_activations() -> None:
     assert picture.diary[3:] == ["encode 2", "gradient", "encode 3", "gradient", "encode 3", "gradient"]
 
 
-def test_nothing_but_embeddings_is_kept_between_the_passes() -> None:
+def test_clip_chunks__only_embeddings_are_kept_between_the_passes() -> None:
     """Of six samples in pieces of four and two: no hidden layer (eight wide) is saved for the backward pass."""
     hidden = {6 * 8, 4 * 8, 2 * 8}
     kept: dict[int | None, int] = {}
@@ -165,7 +167,7 @@ def test_nothing_but_embeddings_is_kept_between_the_passes() -> None:
     assert kept[4] == 0
 
 
-def test_batch_norm_normalises_pieces_and_counts_each_once() -> None:
+def test_clip_chunks__batch_norm_normalises_chunks_and_counts_each_once() -> None:
     """In training mode a piece is a batch of its own; the second pass normalises alike and counts nothing."""
     task, by_hand = task_of(chunk=4, between=nn.BatchNorm1d(8)), task_of(chunk=None, between=nn.BatchNorm1d(8))
     value, ours = step(task)
@@ -186,7 +188,7 @@ def test_batch_norm_normalises_pieces_and_counts_each_once() -> None:
     assert norm.track_running_stats
 
 
-def test_batch_norm_in_eval_mode_makes_no_difference() -> None:
+def test_clip_chunks__batch_norm_in_eval_mode_makes_no_difference() -> None:
     tasks = [task_of(chunk=chunk, between=nn.BatchNorm1d(8)) for chunk in (None, 3)]
     for task in tasks:
         task.encoder.visual.between.eval()  # type: ignore[union-attr]
@@ -195,7 +197,7 @@ def test_batch_norm_in_eval_mode_makes_no_difference() -> None:
     same(ours, true)
 
 
-def test_a_frozen_text_tower_needs_no_second_pass() -> None:
+def test_clip_chunks__a_frozen_text_tower_needs_no_second_pass() -> None:
     task, whole = (task_of(chunk=chunk, freeze_text=True) for chunk in (3, None))
     _, true = step(whole)
     _, ours = step(task)
@@ -203,7 +205,7 @@ def test_a_frozen_text_tower_needs_no_second_pass() -> None:
     assert not any(name.startswith("encoder.text.") for name in ours)
 
 
-def test_the_chunk_is_a_key_of_the_method() -> None:
+def test_clip_chunks__the_size_is_a_key_of_the_method() -> None:
     towers = EncoderConfig(image=ResNetTower(), text=CbowTower())
     assert ClipMethod(name="clip", encoder=towers).chunk is None
     assert ClipMethod(name="clip", encoder=towers, chunk=64).chunk == 64

@@ -58,7 +58,7 @@ def folder_of(path: Path, **config: Any) -> tuple[Path, nn.Module]:
     ids=lambda c: "-".join(c.values()),
 )
 @pytest.mark.parametrize("to", ["torchvision", "detectron2"])
-def test_features_in_the_target_library_are_those_of_the_run(
+def test_backbone_export__features_in_the_target_library_are_those_of_the_run(
     tmp_path: Path, pictures: Tensor, config: dict[str, str], to: Any
 ) -> None:
     folder, network = folder_of(tmp_path / "run", **config)
@@ -128,7 +128,9 @@ def test_detectron2_export__names_the_norms_that_train_on(tmp_path: Path, pictur
     assert ("GroupNorm has 16 groups" in text) == (norm == "gn_ws")
 
 
-def test_a_wrong_conversion_is_noticed_and_nothing_is_written(tmp_path: Path, pictures: Tensor) -> None:
+def test_backbone_export__a_wrong_conversion_is_noticed_and_nothing_is_written(
+    tmp_path: Path, pictures: Tensor
+) -> None:
     folder, _ = folder_of(tmp_path / "run", name="resnet18", stem="small")
     source = read_source(str(folder))
     stages = source.network.stages  # type: ignore[operator]
@@ -139,7 +141,7 @@ def test_a_wrong_conversion_is_noticed_and_nothing_is_written(tmp_path: Path, pi
     assert not (tmp_path / "out").exists()
 
 
-def test_not_a_number_is_a_difference() -> None:
+def test_require_same__nan_is_a_difference() -> None:
     with pytest.raises(UserError, match="differs"):
         require_same({"a": torch.ones(2)}, {"a": torch.tensor([1.0, float("nan")])}, target="x")
 
@@ -150,7 +152,7 @@ def test_export__cifar_stem_is_refused_for_detectron2(tmp_path: Path) -> None:
         detectron2_network(read_source(str(folder)))
 
 
-def test_the_image_tower_of_a_clip_folder_is_handed_over(tmp_path: Path, pictures: Tensor) -> None:
+def test_backbone_export__takes_the_image_tower_of_a_clip_folder(tmp_path: Path, pictures: Tensor) -> None:
     from pretrain.nets.encoders import load_encoder
     from tests.clip.test_towers import make
 
@@ -212,7 +214,7 @@ CHECKPOINTS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_official_checkpoints_are_recognised_by_their_keys(tmp_path: Path, name: str) -> None:
+def test_official_checkpoints__are_recognised_by_their_keys(tmp_path: Path, name: str) -> None:
     torch.save(CHECKPOINTS[name](), tmp_path / "file.pth")
     found = find_resnet(read_tensors(tmp_path / "file.pth"), source="file.pth")
     assert found.depth == 18 and found.stem == "imagenet" and found.missing == ()
@@ -232,14 +234,14 @@ def test_export__incomplete_checkpoint_is_refused(drop: str) -> None:
         find_resnet(prefixed(state, "module.encoder_q."), source="file.pth")
 
 
-def test_a_wide_network_is_refused() -> None:
+def test_backbone_export__a_wide_network_is_refused() -> None:
     from torchvision.models import wide_resnet50_2
 
     with pytest.raises(UserError, match="too little matches"):
         find_resnet(wide_resnet50_2().state_dict(), source="wide.pth")
 
 
-def test_clips_modified_resnet_is_distinguished() -> None:
+def test_official_checkpoints__clips_modified_resnet_is_distinguished() -> None:
     state = prefixed(resnet50().state_dict(), "visual.")
     state |= {
         "visual.conv3.weight": torch.ones(64, 32, 3, 3),
@@ -250,14 +252,14 @@ def test_clips_modified_resnet_is_distinguished() -> None:
         find_resnet(state, source="RN50.pt")
 
 
-def test_a_three_by_three_stem_must_be_explained(tmp_path: Path) -> None:
+def test_official_checkpoints__a_three_by_three_stem_needs_a_flag(tmp_path: Path) -> None:
     _, network = folder_of(tmp_path / "run", name="resnet18", stem="cifar")
     with pytest.raises(UserError, match="conv1.weight"):
         find_resnet(network.state_dict(), source="file.pth")
     assert find_resnet(network.state_dict(), source="file.pth", stem="cifar").stem == "cifar"
 
 
-def test_a_checkpoint_with_code_in_it_is_not_opened(tmp_path: Path) -> None:
+def test_official_checkpoints__one_with_code_in_it_is_not_opened(tmp_path: Path) -> None:
     class Thing:
         def __reduce__(self) -> Any:
             return (Path.touch, (tmp_path / "ran",))
@@ -285,7 +287,7 @@ def test_export__keys_are_renamed() -> None:
 # ---- open_clip and the command ------------------------------------------------------------------------------------
 
 
-def test_an_open_clip_encoder_is_read_back_by_open_clip(tmp_path: Path, pictures: Tensor) -> None:
+def test_open_clip_export__is_read_back_by_open_clip(tmp_path: Path, pictures: Tensor) -> None:
     import open_clip
 
     from pretrain.export import export_open_clip
@@ -307,7 +309,7 @@ def test_an_open_clip_encoder_is_read_back_by_open_clip(tmp_path: Path, pictures
         torch.testing.assert_close(again.encode_image(pixels), encoder.encode_image(pixels), rtol=1e-5, atol=1e-6)
 
 
-def test_the_command_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_backbone_export__the_command_writes_a_folder_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of(tmp_path / "run" / "exported", name="resnet18", stem="small")
     out = tmp_path / "out"
     assert main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(out)]) == 0
@@ -337,7 +339,7 @@ def test_export__a_tower_that_neither_library_reads_is_not_sent_from_one_to_the_
 
 
 @pytest.mark.parametrize("model", ["seresnet18", "resnetaa50"])
-def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path: Path, model: str) -> None:
+def test_official_checkpoints__a_network_that_only_looks_like_a_resnet_is_refused(tmp_path: Path, model: str) -> None:
     config = BackboneConfig(name=f"timm:{model}")
     save_backbone(
         tmp_path / "it", build_backbone(config), config=config, method="x", size=64, mean=[0.5] * 3, std=[0.2] * 3

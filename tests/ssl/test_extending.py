@@ -36,7 +36,7 @@ def losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines}
 
 
-def test_a_method_and_pictures_of_ones_own_train_resume_and_export(tmp_path: Path) -> None:
+def test_extending__an_own_method_and_pictures_train_resume_and_export(tmp_path: Path) -> None:
     argv = arguments(tmp_path)
     more = {"methods": {VICRegMethod: VICReg}, "data": {ArrayData: ArraySet}}
     assert main(argv, **more) == 0  # type: ignore[arg-type]
@@ -50,13 +50,13 @@ def test_a_method_and_pictures_of_ones_own_train_resume_and_export(tmp_path: Pat
     assert info["method"] == "vicreg" and sum(p.numel() for p in backbone.parameters()) > 10**7
 
 
-def test_our_own_commands_do_not_know_them(tmp_path: Path) -> None:
+def test_extending__the_shipped_commands_do_not_know_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"method\.name.*vicreg"):
         main(arguments(tmp_path))
     assert extended() is PretrainConfig
 
 
 @pytest.mark.parametrize("module", [extending_method, extending_images])
-def test_an_example_has_at_most_forty_lines_of_code(module: object) -> None:
+def test_extending__an_example_has_at_most_forty_lines_of_code(module: object) -> None:
     lines = inspect.getsource(module).splitlines()  # type: ignore[arg-type]
     assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= 40

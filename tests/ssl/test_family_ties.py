@@ -59,7 +59,7 @@ def cosines(left: Tensor, right: Tensor) -> Tensor:
     return F.normalize(left, dim=1) @ F.normalize(right, dim=1).T
 
 
-def test_byol_without_momentum_on_simsiam_s_heads_is_simsiam() -> None:
+def test_byol__without_momentum_on_simsiams_heads_is_simsiam() -> None:
     """BYOL is 4 + 4 x SimSiam, over several steps: its target is the online network with the gradient stopped."""
     tasks: list[Any] = []
     for method in (BYOL, SimSiam):
@@ -88,7 +88,7 @@ def test_byol_without_momentum_on_simsiam_s_heads_is_simsiam() -> None:
     assert (simsiam.backbone[1].weight - start).abs().max() > 1e-3
 
 
-def test_simsiam_without_predictor_and_stop_gradient_plus_negatives_is_simclr() -> None:
+def test_simsiam__without_predictor_and_stop_gradient_plus_negatives_is_simclr() -> None:
     temperature = 0.2
     simsiam = SimSiam(
         backbone=backbone(), projector=projector(), predictor=nn.Identity(), augment=AUGMENT, stop_gradient=False
@@ -110,7 +110,7 @@ def test_simsiam_without_predictor_and_stop_gradient_plus_negatives_is_simclr() 
     assert F.cosine_similarity(alone, gradients(theirs, simclr.backbone, simclr.projector), dim=0) < 0.99
 
 
-def test_moco_with_a_queue_of_the_batch_and_no_momentum_is_infonce() -> None:
+def test_moco__with_a_queue_of_the_batch_and_no_momentum_is_infonce() -> None:
     """A query's queue: the other keys of its batch. Then a query chooses among the keys of the batch."""
     temperature = 0.2
     moco = MoCo(
@@ -139,7 +139,7 @@ def test_moco_with_a_queue_of_the_batch_and_no_momentum_is_infonce() -> None:
     assert clip.item() == pytest.approx((total.item() + other.item()) / 2, rel=1e-5)  # CLIP: both directions of it
 
 
-def test_moco_s_whole_batch_in_the_queue_counts_the_right_key_once_more() -> None:
+def test_moco__the_whole_batch_in_the_queue_counts_the_right_key_once_more() -> None:
     temperature = 0.2
     moco = MoCo(
         backbone=backbone(), projector=projector(), augment=AUGMENT, dim=DIM, queue=8, momentum=0.0,
@@ -155,7 +155,7 @@ def test_moco_s_whole_batch_in_the_queue_counts_the_right_key_once_more() -> Non
     assert loss.item() == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-def test_swav_with_one_hot_codes_is_a_softmax_over_prototypes() -> None:
+def test_swav__with_one_hot_codes_is_a_softmax_over_prototypes() -> None:
     """Hard codes make it classification: the prototypes are the rows of a classifier of unit features."""
     temperature = 0.1
     torch.manual_seed(5)

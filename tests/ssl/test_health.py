@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
-def test_effective_rank_of_known_spectra() -> None:
+def test_effective_rank__of_known_spectra() -> None:
     q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(40, 5)))
     assert float(health.effective_rank(torch.from_numpy(q))) == pytest.approx(5, rel=1e-4)
     x = np.random.default_rng(1).normal(size=(30, 12))
@@ -45,13 +45,13 @@ def test_effective_rank_of_known_spectra() -> None:
     assert float(health.effective_rank(torch.zeros(4, 3))) == pytest.approx(1)
 
 
-def test_a_constant_projection_has_rank_one_although_its_noise_has_full_rank() -> None:
+def test_effective_rank__of_a_constant_projection_is_one_although_its_noise_has_full_rank() -> None:
     constant = 100 + normal(64, 16) * 1e-3
     assert float(health.effective_rank(constant)) < 1.1
     assert float(health.effective_rank(constant - constant.mean(0))) > 14
 
 
-def test_spread_and_cosine_against_brute_force() -> None:
+def test_spread_and_cosine__equal_brute_force() -> None:
     x = normal(50, 8) + 0.5
     unit = x.numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
     cosines = [unit[i] @ unit[j] for i in range(50) for j in range(50) if i != j]
@@ -69,7 +69,7 @@ def test_panel__prototype_use() -> None:
     assert float(health.prototype_use(torch.eye(100)[:8])) == pytest.approx(1), "eight samples can choose eight at most"
 
 
-def test_diagonal_against_numpy() -> None:
+def test_diagonal__equals_numpy() -> None:
     a, b = normal(200, 5), normal(200, 5, seed=1)
     b[:, :2] = a[:, :2]
     c = np.corrcoef(a.T.numpy(), b.T.numpy())[:5, 5:]
@@ -116,7 +116,7 @@ def spread(rank: int, count: int = 64, width: int = 64) -> Tensor:
     return x / x.std(0)
 
 
-def test_a_falling_rank_alarms_although_the_spread_stays() -> None:
+def test_rank_alarm__fires_on_a_falling_rank_although_the_spread_stays() -> None:
     healthy, fallen = spread(60), spread(4)
     assert float(health.channel_spread(fallen)) > 0.8
     found = alarms([{"projection": healthy}] * 3 + [{"projection": fallen}] * 6)
@@ -124,15 +124,15 @@ def test_a_falling_rank_alarms_although_the_spread_stays() -> None:
     assert "health/rank" in found[0] and "stop-gradient" in found[0] and "What to do" in found[0]
 
 
-def test_a_low_rank_from_the_beginning_is_no_alarm() -> None:
+def test_rank_alarm__not_on_a_rank_low_from_the_beginning() -> None:
     assert alarms([{"projection": spread(9)}] * 20) == []
 
 
-def test_one_bad_batch_is_no_alarm() -> None:
+def test_alarms__not_on_one_bad_batch() -> None:
     assert alarms(([{"projection": spread(60)}] * 4 + [{"projection": spread(3)}]) * 4) == []
 
 
-def test_a_constant_projection_alarms() -> None:
+def test_alarms__fire_on_a_constant_projection() -> None:
     found = alarms([{"projection": 5 + 0.01 * normal(32, 8)}] * 20)
     assert any("health/spread" in text and "same for every picture" in text for text in found)
 
@@ -154,7 +154,7 @@ def test_a_constant_projection_alarms() -> None:
         ),
     ],
 )
-def test_each_alarm_fires_on_its_own_fault_only(
+def test_alarms__each_fires_on_its_own_fault_only(
     name: str, broken: dict[str, Tensor], healthy: dict[str, Tensor]
 ) -> None:
     flat = normal(64, 1).expand(64, 64) if name == "off_diagonal" else spread(60)
@@ -163,7 +163,7 @@ def test_each_alarm_fires_on_its_own_fault_only(
     assert alarms([{"projection": spread(60), **healthy}] * 20) == []
 
 
-def test_a_loss_stuck_at_ln_k_alarms_after_the_beginning() -> None:
+def test_loss_alarm__fires_on_a_loss_stuck_at_ln_k_after_the_beginning() -> None:
     script = [{"projection": spread(60), "scores": normal(64, 50)}] * 40
     found = alarms(script, loss=[0.97 * math.log(50)] * 40)
     assert len(found) == 1 and "stuck at ln K" in found[0]
@@ -195,7 +195,7 @@ def test_panel__logged_every_time_without_effect_on_training(tmp_path: Path) -> 
     assert lines[-1]["loss"] == bare.metrics["loss"]
 
 
-def test_alarms_reach_log_and_events(tmp_path: Path) -> None:
+def test_alarms__reach_log_and_events(tmp_path: Path) -> None:
     class Constant(WithHealth):
         def health(self) -> dict[str, Tensor]:
             return {"projection": torch.ones(4, 3)}
@@ -206,7 +206,7 @@ def test_alarms_reach_log_and_events(tmp_path: Path) -> None:
     assert "health/spread" in (tmp_path / "train.log").read_text()
 
 
-def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
+def test_monitor__a_watched_run_resumes_exactly(tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 8, "log_every": 2, "save_every": 3, "keep": 10}
 
     def task() -> Monitored:
@@ -227,7 +227,7 @@ def test_a_watched_run_resumes_exactly(tmp_path: Path) -> None:
     assert [line["step"] for line in whole if "probe/knn" in line] == [4, 6]
 
 
-def test_a_run_that_began_before_an_alarm_was_added_goes_on(tmp_path: Path) -> None:
+def test_monitor__a_run_begun_before_an_alarm_was_added_resumes(tmp_path: Path) -> None:
     old, new = Monitored(WithHealth()), Monitored(WithHealth())
     old.best.copy_(torch.arange(len(old.best)))
     state = {name: value for name, value in old.state_dict().items() if name != "probed_on"}
@@ -256,7 +256,7 @@ def test_probe__change_of_settings_is_not_an_alarm(name: str, alarmed: bool) -> 
     assert measured(after) == [], "said once"
 
 
-def test_clips_panel_is_of_its_last_embeddings() -> None:
+def test_clip_panel__is_of_its_last_embeddings() -> None:
     clip = run_of("clip")[0]
     image, text = normal(6, 8), normal(6, 8, seed=1)
     clip._last = {"image": image, "text": text}  # type: ignore[assignment]
@@ -325,7 +325,7 @@ def test_resume__watch_settings_may_change() -> None:
     }
 
 
-def test_the_small_configurations_are_probed_while_they_train() -> None:
+def test_online_probe__runs_in_the_small_configurations() -> None:
     configs = Path(__file__).resolve().parents[2] / "configs"
     for name in METHODS:
         assert load_config(PretrainConfig, configs / "pretrain" / f"{name}.yaml").watch.probe_every > 0, name
@@ -338,6 +338,6 @@ def untimed(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in clock} for line in lines]
 
 
-def test_a_projection_that_is_not_finite_has_no_rank_and_raises_nothing() -> None:
+def test_effective_rank__of_a_projection_that_is_not_finite_is_nan() -> None:
     assert math.isnan(float(effective_rank(torch.full((4, 3), math.nan))))
     assert float(effective_rank(torch.eye(3))) == pytest.approx(3.0)

@@ -49,7 +49,7 @@ def write(path: Path, content: bytes) -> Path:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_searched_to_any_depth_by_extension_in_the_order_of_the_paths(tmp_path: Path) -> None:
+def test_image_folder__is_searched_to_any_depth_in_the_order_of_the_paths(tmp_path: Path) -> None:
     for name, value in (("b/deep/2.PNG", 20), ("a.png", 10), ("c/3.jpeg", 30)):
         write(tmp_path / name, encoded(value, "JPEG" if "jpeg" in name else "PNG"))
     write(tmp_path / "notes.txt", b"no picture")
@@ -60,7 +60,7 @@ def test_a_folder_is_searched_to_any_depth_by_extension_in_the_order_of_the_path
     assert [images.label(i) for i in range(3)] == [-1] * 3
 
 
-def test_in_imagenets_layout_the_first_folder_is_the_class(tmp_path: Path) -> None:
+def test_image_folder__in_imagenets_layout_the_first_folder_is_the_class(tmp_path: Path) -> None:
     for name in ("zebra/1.png", "ant/x/2.png", "ant/1.png"):
         write(tmp_path / name, encoded(5))
     images: Any = build_images(FolderData(root=tmp_path, classes=True))
@@ -71,14 +71,14 @@ def test_in_imagenets_layout_the_first_folder_is_the_class(tmp_path: Path) -> No
         build_images(FolderData(root=tmp_path, classes=True))
 
 
-def test_an_empty_or_missing_folder_is_named(tmp_path: Path) -> None:
+def test_image_folder__an_empty_or_missing_one_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="contains no picture"):
         build_images(FolderData(root=tmp_path))
     with pytest.raises(UserError, match="nowhere is not a folder"):
         build_images(FolderData(root=tmp_path / "nowhere"))
 
 
-def test_an_unreadable_file_is_named_and_its_neighbour_takes_its_place(tmp_path: Path) -> None:
+def test_image_folder__an_unreadable_file_is_named_and_its_neighbour_used(tmp_path: Path) -> None:
     write(tmp_path / "0.png", b"not a picture")
     write(tmp_path / "1.png", encoded(50))
     images = build_images(FolderData(root=tmp_path))
@@ -104,7 +104,7 @@ def cifar(folder: Path, per_file: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize("inside", ["", "cifar-10-batches-bin"])
-def test_cifars_binary_version_is_read_plane_by_plane(tmp_path: Path, inside: str) -> None:
+def test_cifar__the_binary_version_is_read_plane_by_plane(tmp_path: Path, inside: str) -> None:
     rows = cifar(tmp_path / inside)
     train, test = (build_images(CifarData(kind="cifar", root=tmp_path, split=s)) for s in ("train", "test"))  # type: ignore[arg-type]
     assert (len(train), len(test)) == (15, 3)
@@ -114,14 +114,14 @@ def test_cifars_binary_version_is_read_plane_by_plane(tmp_path: Path, inside: st
     assert picture[3, 5].tolist() == [rows[7, 1 + plane * 1024 + 3 * 32 + 5] for plane in range(3)]
 
 
-def test_cifars_pickles_are_not_read_and_the_binary_version_is_named(tmp_path: Path) -> None:
+def test_cifar__pickles_are_not_read_and_the_binary_version_is_named(tmp_path: Path) -> None:
     write(tmp_path / "cifar-10-batches-py" / "data_batch_1", b"\x80\x04].")
     for root in (tmp_path, tmp_path / "cifar-10-batches-py"):
         with pytest.raises(UserError, match=r"pickle.*cifar-10-binary\.tar\.gz"):
             build_images(CifarData(kind="cifar", root=root))
 
 
-def test_missing_cut_off_and_other_cifar_files_are_named(tmp_path: Path) -> None:
+def test_cifar__missing_cut_off_and_other_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data_batch_1\.bin is missing"):
         build_images(CifarData(kind="cifar", root=tmp_path))
     cifar(tmp_path)
@@ -153,7 +153,7 @@ def shards(tmp_path: Path) -> str:
     return str(tmp_path / "s-{00..01}.tar")
 
 
-def test_shards_hold_pictures_with_the_class_of_the_same_key(shards: str) -> None:
+def test_shards__hold_pictures_with_the_class_of_the_same_key(shards: str) -> None:
     images = build_images(ShardData(kind="shards", pattern=shards))
     assert [int(images.image(i)[0, 0, 0]) for i in range(len(images))] == [1, 2, 3]
     assert [images.label(i) for i in range(3)] == [4, -1, 9]
@@ -161,7 +161,7 @@ def test_shards_hold_pictures_with_the_class_of_the_same_key(shards: str) -> Non
     assert len(wild) == 3
 
 
-def test_the_index_is_made_once_and_again_when_the_shard_changes(
+def test_shard_index__is_made_once_and_again_when_the_shard_changes(
     shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ShardSet(shards)
@@ -181,13 +181,15 @@ def test_the_index_is_made_once_and_again_when_the_shard_changes(
     assert len(ShardSet(shards)) == 2
 
 
-def test_a_read_only_folder_needs_no_index_file(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_index__a_read_only_folder_needs_none(
+    shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert len(ShardSet(shards)) == 3
     assert not list(tmp_path.glob("*.json"))
 
 
-def test_a_damaged_member_is_named_with_its_shard(tmp_path: Path) -> None:
+def test_shards__a_damaged_member_is_named_with_its_shard(tmp_path: Path) -> None:
     path = shard(tmp_path / "s.tar", {"ok.png": encoded(1), "bad.png": b"nothing"})
     images = ShardSet(str(path))
     with pytest.raises(BadImageError) as caught:
@@ -196,7 +198,7 @@ def test_a_damaged_member_is_named_with_its_shard(tmp_path: Path) -> None:
     assert "ok" not in str(caught.value)
 
 
-def test_shards_that_are_missing_compressed_empty_or_wrongly_labelled_are_named(tmp_path: Path) -> None:
+def test_shards__missing_compressed_empty_or_wrongly_labelled_ones_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"s-1\.tar does not exist"):
         ShardSet(str(tmp_path / "s-{1..2}.tar"))
     with pytest.raises(UserError, match="matches no file"):
@@ -212,7 +214,7 @@ def test_shards_that_are_missing_compressed_empty_or_wrongly_labelled_are_named(
         ShardSet(str(named))
 
 
-def test_further_pictures_of_a_sample_and_hidden_files_are_no_pictures(
+def test_shards__further_pictures_of_a_sample_and_hidden_files_are_no_pictures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     members = {
@@ -231,7 +233,7 @@ def test_further_pictures_of_a_sample_and_hidden_files_are_no_pictures(
         assert "1 captions have no picture, such as" in message and "c.txt" in message
 
 
-def test_a_file_that_a_shard_holds_twice_counts_once_as_tar_unpacks_it(
+def test_shards__a_file_that_is_there_twice_counts_once_as_tar_unpacks_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = shard(tmp_path / "s.tar", {"a.png": encoded(1), "a.cls": b"4"})
@@ -245,7 +247,7 @@ def test_a_file_that_a_shard_holds_twice_counts_once_as_tar_unpacks_it(
     assert "2 files are there twice, and the later one counts, such as" in capsys.readouterr().err
 
 
-def test_shards_that_go_on_after_their_end_are_refused(tmp_path: Path) -> None:
+def test_shards__those_that_go_on_after_their_end_are_refused(tmp_path: Path) -> None:
     one, other = shard(tmp_path / "a.tar", {"a.png": encoded(1)}), shard(tmp_path / "b.tar", {"b.png": encoded(2)})
     joined, half, padded = (tmp_path / name for name in ("joined.tar", "half.tar", "padded.tar"))
     joined.write_bytes(one.read_bytes() + other.read_bytes())
@@ -267,12 +269,12 @@ def test_shards_that_go_on_after_their_end_are_refused(tmp_path: Path) -> None:
         ("{x,y}/{0..1}.tar", ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]),
     ],
 )
-def test_braces_are_expanded_as_a_shell_does(pattern: str, expected: list[str]) -> None:
+def test_shard_pattern__braces_are_expanded_as_a_shell_does(pattern: str, expected: list[str]) -> None:
     assert expand_braces(pattern) == expected
 
 
 @pytest.mark.parametrize("pattern", ["{5..1}.tar", "{0..99999999}.tar"])
-def test_ranges_without_sense_are_refused(pattern: str) -> None:
+def test_shard_pattern__senseless_ranges_are_refused(pattern: str) -> None:
     with pytest.raises(UserError, match="must run upwards"):
         expand_braces(pattern)
 
@@ -280,14 +282,14 @@ def test_ranges_without_sense_are_refused(pattern: str) -> None:
 # --- stickers --------------------------------------------------------------------------------------------------------
 
 
-def test_scenes_are_pictures_without_labels() -> None:
+def test_scenes__are_pictures_without_labels() -> None:
     images = build_images(StickerScenes(kind="sticker_scenes", length=5, size=96, seed=3))
     assert len(images) == 5 and images.label(2) == -1
     expected = SceneSource(Stickers.load(), split="train", seed=3, size=96, length=5).scene(2).image
     assert np.array_equal(images.image(2), expected)
 
 
-def test_singles_are_every_drawing_of_the_splits_styles_with_its_class() -> None:
+def test_singles__are_every_drawing_of_the_splits_styles_with_its_class() -> None:
     stickers = Stickers.load()
     train: Any = build_images(StickerSingles(kind="sticker_singles", size=32))
     held_out: Any = build_images(StickerSingles(kind="sticker_singles", split="val", size=32))
@@ -301,7 +303,7 @@ def test_singles_are_every_drawing_of_the_splits_styles_with_its_class() -> None
     assert np.array_equal(train.image(700), train.image(700))
 
 
-def test_the_held_out_singles_are_those_of_the_zero_shot_test() -> None:
+def test_singles__held_out_ones_are_those_of_the_zero_shot_test() -> None:
     crops = StickerCrops(Stickers.load(), size=32)
     held_out = build_images(StickerSingles(kind="sticker_singles", split="val", size=32))
     for index in (0, 99):
@@ -320,6 +322,6 @@ def test_singles__training_photos_vary_by_style() -> None:
     assert len({tuple(corner) for corner in corners}) == len(corners)
 
 
-def test_the_kind_of_a_section_chooses_the_set() -> None:
+def test_image_set__the_kind_of_a_section_chooses_it() -> None:
     found: Any = TypeAdapter(ImagesConfig).validate_python({"kind": "sticker_singles", "split": "val"})
     assert isinstance(found, StickerSingles)

@@ -85,19 +85,19 @@ def expected_barlow(a: np.ndarray, b: np.ndarray, lambd: float) -> float:
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.5])
-def test_nt_xent_is_the_mean_over_all_views_of_a_softmax_over_all_others(temperature: float) -> None:
+def test_nt_xent__is_the_mean_over_all_views_of_a_softmax_over_all_others(temperature: float) -> None:
     a, b = draw(5, 4), draw(5, 4, seed=1)
     got = nt_xent(a, b, temperature=temperature)
     assert got.item() == pytest.approx(expected_nt_xent(a.numpy(), b.numpy(), temperature), rel=1e-12)
     assert nt_xent(7 * a, b / 9, temperature=temperature).item() == pytest.approx(got.item(), rel=1e-12)
 
 
-def test_nt_xent_of_equal_embeddings_is_the_log_of_the_candidates() -> None:
+def test_nt_xent__of_equal_embeddings_is_the_log_of_the_candidates() -> None:
     assert nt_xent(torch.ones(6, 3), torch.ones(6, 3), temperature=0.1).item() == pytest.approx(math.log(11))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 0.2])
-def test_moco_is_a_softmax_over_the_positive_key_and_the_queue(temperature: float) -> None:
+def test_moco_loss__is_a_softmax_over_the_positive_key_and_the_queue(temperature: float) -> None:
     q, k, queue = draw(4, 6), draw(4, 6, seed=1), F.normalize(draw(9, 6, seed=2), dim=1)
     got = moco_infonce(q, k, queue, temperature=temperature)
     assert got.item() == pytest.approx(expected_moco(q.numpy(), k.numpy(), queue.numpy(), temperature), rel=1e-12)
@@ -128,7 +128,7 @@ def test_regression_and_cosine__one_direction() -> None:
 
 
 @pytest.mark.parametrize(("epsilon", "iterations"), [(0.05, 3), (0.03, 3), (1.0, 1), (0.5, 10)])
-def test_codes_are_the_paper_s_scaling(epsilon: float, iterations: int) -> None:
+def test_sinkhorn__is_the_papers_scaling(epsilon: float, iterations: int) -> None:
     scores = F.normalize(draw(6, 8), dim=1) @ F.normalize(draw(4, 8, seed=1), dim=1).T
     got = sinkhorn(scores, epsilon=epsilon, iterations=iterations)
     np.testing.assert_allclose(got.numpy(), expected_codes(scores.numpy(), epsilon, iterations), rtol=1e-9, atol=1e-14)
@@ -157,7 +157,7 @@ def expected_swav(scores: list[np.ndarray], codes: list[np.ndarray], temperature
 
 
 @pytest.mark.parametrize("queued", [False, True])
-def test_swav_predicts_each_big_crop_s_code_from_every_other_crop(queued: bool) -> None:
+def test_swav_loss__predicts_each_big_crops_code_from_every_other_crop(queued: bool) -> None:
     scores = [F.normalize(draw(5, 6, seed=i), dim=1) for i in range(4)]
     earlier = [F.normalize(draw(7, 6, seed=10 + i), dim=1) for i in range(2)] if queued else None
     stacked = [torch.cat([earlier[i], scores[i]]) if earlier else scores[i] for i in range(2)]
@@ -166,12 +166,12 @@ def test_swav_predicts_each_big_crop_s_code_from_every_other_crop(queued: bool) 
     assert got.item() == pytest.approx(expected_swav([s.numpy() for s in scores], codes, 0.1), rel=1e-9)
 
 
-def test_swav_is_stuck_at_the_log_of_the_prototypes_when_they_are_alike() -> None:
+def test_swav_loss__is_the_log_of_the_prototypes_when_they_are_alike() -> None:
     same = [torch.full((6, 50), 0.3)] * 3
     assert swav_loss(same, temperature=0.1, epsilon=0.05, iterations=3).item() == pytest.approx(math.log(50))
 
 
-def test_swav_codes_are_targets_only() -> None:
+def test_swav_loss__codes_are_targets_only() -> None:
     """The first big crop alone codes: its own scores get no gradient, because nothing predicts from them."""
     first, second = draw(5, 6).requires_grad_(), draw(5, 6, seed=1).requires_grad_()
     swav_loss([first, second], temperature=0.1, epsilon=0.5, iterations=3, big_crops=1).backward()
@@ -179,7 +179,7 @@ def test_swav_codes_are_targets_only() -> None:
     assert second.grad is not None and second.grad.abs().sum() > 0
 
 
-def test_barlow_twins_is_the_sum_over_the_correlation_matrix() -> None:
+def test_barlow_twins_loss__is_the_sum_over_the_correlation_matrix() -> None:
     a, b = draw(7, 5), draw(7, 5, seed=1)
     got = barlow_twins(a, b, lambd=0.0051)
     assert got.item() == pytest.approx(expected_barlow(a.numpy(), b.numpy(), 0.0051), rel=1e-9)
@@ -187,7 +187,7 @@ def test_barlow_twins_is_the_sum_over_the_correlation_matrix() -> None:
     assert barlow_twins(a, a, lambd=0.0).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_the_historical_scale_changes_the_gradient_and_not_the_value() -> None:
+def test_barlow_twins_loss__the_historical_scale_changes_the_gradient_and_not_the_value() -> None:
     a, b = draw(7, 5).requires_grad_(), draw(7, 5, seed=1)
     whole, part = barlow_twins(a, b, lambd=0.01), barlow_twins(a, b, lambd=0.01, gradient_scale=1 / 16)
     torch.testing.assert_close(part, whole)
@@ -215,7 +215,7 @@ LOSSES: dict[str, tuple[Loss, int]] = {
 
 
 @pytest.mark.parametrize("name", [name for name, (_, inputs) in LOSSES.items() if inputs])
-def test_gradients_equal_finite_differences(name: str) -> None:
+def test_losses__gradients_equal_finite_differences(name: str) -> None:
     """float64 in, float64 out, and differentiable in what is learnt."""
     loss, inputs = LOSSES[name]
     a, b = (draw(5, 4, seed=i).requires_grad_(i < inputs) for i in range(2))
@@ -223,7 +223,7 @@ def test_gradients_equal_finite_differences(name: str) -> None:
     assert torch.autograd.gradcheck(loss, (a, b), atol=1e-5)
 
 
-def test_the_gradient_of_swav_equals_finite_differences_at_fixed_codes() -> None:
+def test_swav_loss__its_gradient_equals_finite_differences_at_fixed_codes() -> None:
     scores = [draw(4, 5, seed=i).requires_grad_() for i in range(3)]
     codes = [sinkhorn(one, epsilon=0.5, iterations=3) for one in scores[:2]]
 

@@ -117,7 +117,9 @@ def close(ours: Tensor, true: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_loss_and_gradient_are_those_of_the_global_batch(processes: list[dict[str, object]], name: str) -> None:
+def test_distributed_losses__loss_and_gradient_are_those_of_the_global_batch(
+    processes: list[dict[str, object]], name: str
+) -> None:
     loss, gradient = found(name)
     for one in processes:
         value, ours = one[name]  # type: ignore[misc]
@@ -126,11 +128,11 @@ def test_loss_and_gradient_are_those_of_the_global_batch(processes: list[dict[st
         torch.testing.assert_close(ours, gradient, rtol=1e-8, atol=1e-10)
 
 
-def test_codes_are_assigned_over_all_processes(processes: list[dict[str, object]]) -> None:
+def test_distributed_losses__codes_are_assigned_over_all_processes(processes: list[dict[str, object]]) -> None:
     torch.testing.assert_close(torch.cat([one["codes"] for one in processes]), codes())  # type: ignore[misc]
 
 
-def test_clip_in_pieces_on_several_processes_has_the_gradient_of_the_whole_batch(
+def test_distributed_losses__clip_in_chunks_has_the_gradient_of_the_whole_batch(
     processes: list[dict[str, object]],
 ) -> None:
     true = clip_gradient(None)

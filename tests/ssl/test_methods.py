@@ -22,7 +22,7 @@ from pretrain.engine.errors import UserError
 from pretrain.engine.loop import Stopped
 from pretrain.engine.optim import build_optimizer, set_lr
 from pretrain.health import Monitored
-from pretrain.methods import memory as methods_memory
+from pretrain.methods import head_memory
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.build import build_method, method_optim
 from pretrain.methods.simclr import SimCLR
@@ -51,9 +51,7 @@ def linears(module: nn.Module) -> list[nn.Linear]:
 
 
 @pytest.mark.parametrize("name", ["byol", "moco_v2", "swav"])
-def test_a_compiled_backbone_gives_the_same_loss_and_keeps_its_names(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compile__gives_the_same_loss_and_keeps_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
     compile_in_place = nn.Module.compile
 
@@ -75,7 +73,7 @@ def test_a_compiled_backbone_gives_the_same_loss_and_keeps_its_names(
     torch.testing.assert_close(losses[1][1], losses[0][1], rtol=1e-3, atol=1e-6)
 
 
-def test_simclr_ends_with_a_gain_without_shift_and_has_no_biases() -> None:
+def test_simclr__its_head_ends_with_a_gain_without_shift_and_has_no_biases() -> None:
     task = built("simclr", hidden=2048, dim=128)
     first, norm, relu, second, last = task.projector
     assert [type(x) for x in (norm, relu, last)] == [nn.BatchNorm1d, nn.ReLU, nn.BatchNorm1d]
@@ -84,7 +82,7 @@ def test_simclr_ends_with_a_gain_without_shift_and_has_no_biases() -> None:
     assert second.weight.std().item() == pytest.approx(0.01, rel=0.02)
 
 
-def test_simclr_passes_both_views_together() -> None:
+def test_simclr__passes_both_views_together() -> None:
     sizes: list[int] = []
     task = SimCLR(backbone=backbone(), projector=head(WIDTH), augment=(as_float, as_float))
     task.backbone.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
@@ -100,7 +98,7 @@ def test_simclr_passes_both_views_together() -> None:
     ],
     ids=["simsiam", "barlow_twins"],
 )
-def test_simsiam_and_barlow_twins_pass_the_views_one_by_one(task: nn.Module) -> None:
+def test_simsiam_and_barlow_twins__pass_the_views_one_by_one(task: nn.Module) -> None:
     sizes: list[int] = []
     handle = task.backbone.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     task(VIEWS.batch(8))
@@ -109,12 +107,12 @@ def test_simsiam_and_barlow_twins_pass_the_views_one_by_one(task: nn.Module) -> 
 
 
 @pytest.mark.parametrize(("rule", "lr", "expected"), [("linear", 0.3, 4.8), ("sqrt", 0.075, 4.8), ("none", 0.5, 0.5)])
-def test_simclr_s_learning_rate_rules_agree_at_4096(rule: str, lr: float, expected: float) -> None:
+def test_simclr__its_learning_rate_rules_agree_at_4096(rule: str, lr: float, expected: float) -> None:
     optim = method_optim(section("simclr", lr_rule=rule), OptimConfig(lr=lr), batch_size=4096)
     assert optim.lr == pytest.approx(expected)
 
 
-def test_simsiam_s_heads_are_the_paper_s() -> None:
+def test_simsiam__its_heads_are_the_papers() -> None:
     task = built("simsiam", dim=64, hidden=16, layers=3)
     assert len(linears(task.projector)) == 3 and all(layer.bias is None for layer in linears(task.projector))
     last = task.projector[-1]
@@ -124,7 +122,7 @@ def test_simsiam_s_heads_are_the_paper_s() -> None:
     assert inner.bias is None and outer.bias is not None and isinstance(task.predictor[-1], nn.Linear)
 
 
-def test_simsiam_s_targets_are_constants() -> None:
+def test_simsiam__its_targets_are_constants() -> None:
     """The gradient is that of the loss with the projections given as numbers."""
     task = SimSiam(
         backbone=backbone(), projector=head(WIDTH), predictor=head(DIM, seed=2), augment=(as_float, as_float)
@@ -143,7 +141,7 @@ def test_simsiam_s_targets_are_constants() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_without_the_stop_gradient_simsiam_s_gradient_is_another() -> None:
+def test_simsiam__without_the_stop_gradient_the_gradient_is_another() -> None:
     found = []
     for stop in (True, False):
         task = SimSiam(
@@ -163,7 +161,7 @@ def rates(task: nn.Module, optim: OptimConfig, step: int) -> dict[str, float]:
     return {name: of[id(p)] for name, p in task.named_parameters() if id(p) in of}
 
 
-def test_simsiam_s_predictor_keeps_its_learning_rate_and_everything_is_decayed() -> None:
+def test_simsiam__the_predictor_keeps_its_learning_rate_and_everything_is_decayed() -> None:
     task = built("simsiam")
     optim = OptimConfig(name="sgd", lr=0.05, weight_decay=1e-4, schedule="cosine")
     for step in (0, 50, 99):
@@ -187,7 +185,7 @@ def test_barlow_twins__param_groups() -> None:
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (1e-6, 0.0)
 
 
-def test_barlow_twins_gradient_scale_changes_the_gradient_alone() -> None:
+def test_barlow_twins__the_gradient_scale_changes_the_gradient_alone() -> None:
     losses, gradients = [], []
     for scale in (1.0, 0.25):
         task = BarlowTwins(
@@ -203,7 +201,7 @@ def test_barlow_twins_gradient_scale_changes_the_gradient_alone() -> None:
 
 @pytest.mark.parametrize("depth", [18, 50])
 @pytest.mark.parametrize("zero", [True, False])
-def test_zero_init_makes_residual_blocks_begin_as_the_identity(depth: int, zero: bool) -> None:
+def test_zero_init__residual_blocks_begin_as_the_identity(depth: int, zero: bool) -> None:
     net = build_backbone(BackboneConfig(name=f"resnet{depth}", stem="small", zero_init=zero))
     gains = [p for name, p in net.named_parameters() if name.endswith(f"bn{2 if depth == 18 else 3}.weight")]
     assert len(gains) == {18: 8, 50: 16}[depth]
@@ -213,7 +211,7 @@ def test_zero_init_makes_residual_blocks_begin_as_the_identity(depth: int, zero:
 # --- errors
 
 
-def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_method_config__mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"method\.queue: 4 is less than the 16 keys"):
         built("moco_v2", queue=4)
     with pytest.raises(UserError, match=r"set method\.bn_splits=2"):
@@ -224,7 +222,7 @@ def test_mistakes_in_sizes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build_method(section("simclr"), batch_size=1, device=CPU)
     with pytest.raises(ValueError, match="two are compared, not 3"):
         section("simclr", views=[{"size": 8, "count": 3}])
-    monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(head_memory, "free_memory", lambda device: 1e6)
     with pytest.raises(UserError, match=r"\(8192, 8192, 8192\) need about 1\.\d GiB .* 0\.8 GiB for the correlation"):
         built("barlow_twins", dims=(8192, 8192, 8192))
 
@@ -247,15 +245,15 @@ def test_moco__check_samples_make_equal_groups_of_two_or_more(groups: int, sampl
         ("simsiam", {"dim": 65536}, "dim 65536"),
     ],
 )
-def test_heads_and_queues_wider_than_memory_are_refused_with_the_size_they_need(
+def test_memory_check__heads_and_queues_too_large_are_refused_with_their_size(
     name: str, sizes: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e8)
+    monkeypatch.setattr(head_memory, "free_memory", lambda device: 1e8)
     with pytest.raises(UserError, match=rf"{said}.* need about \d+\.\d GiB .* 0\.1 GiB are free"):
         built(name, **sizes)
 
 
-def test_fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
+def test_pretraining__fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
     for number in range(6):
         Image.new("RGB", (16, 16), (40 * number, 9, 9)).save(tmp_path / f"{number}.png")
     given = [f"data={{kind: folder, root: {tmp_path}}}", f"out={tmp_path / 'run'}", "loop.batch_size=16"]
@@ -267,13 +265,13 @@ def test_fewer_pictures_than_a_batch_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "near"), [("timm:resnet5O", "resnet50"), ("torchvision:resnet5", "resnet50")], ids=["timm", "torchvision"]
 )
-def test_an_unknown_backbone_is_named_with_one_that_is_meant(name: str, near: str) -> None:
+def test_backbone_name__an_unknown_one_is_named_with_the_closest(name: str, near: str) -> None:
     with pytest.raises(UserError, match=rf"did you mean .*{near}"):
         build_backbone(BackboneConfig(name=name))
 
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "r3d_18", "fasterrcnn_resnet50_fpn"])
-def test_a_backbone_that_is_no_image_classifier_is_refused_before_it_is_built(
+def test_backbone_name__one_that_is_no_image_classifier_is_refused_before_it_is_built(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torchvision.models.get_model", lambda *_, **__: pytest.fail("was built; some fetch weights"))
@@ -289,12 +287,12 @@ def test_a_backbone_that_is_no_image_classifier_is_refused_before_it_is_built(
     sorted(p for folder in ("pretrain", "cifar") for p in (CONFIGS / folder).glob("*.yaml")),
     ids=lambda path: f"{path.parent.name}-{path.stem}",
 )
-def test_every_small_config_loads(path: Path) -> None:
+def test_small_configs__all_load(path: Path) -> None:
     assert load_config(PretrainConfig, path).loop.batch_size >= 2
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_small_config_and_the_paper_s(name: str) -> None:
+def test_methods__each_has_a_small_config_and_the_papers(name: str) -> None:
     small, paper = (load_config(PretrainConfig, CONFIGS / folder / f"{name}.yaml") for folder in ("pretrain", "paper"))
     assert small.method.name == paper.method.name == name
     assert paper.method.backbone.name == "resnet50"  # type: ignore[union-attr]
@@ -303,7 +301,7 @@ def test_every_method_has_a_small_config_and_the_paper_s(name: str) -> None:
 # --- folder
 
 
-def test_a_saved_backbone_comes_back_as_it_was_in_eval_mode(tmp_path: Path) -> None:
+def test_saved_backbone__comes_back_in_eval_mode_as_it_was(tmp_path: Path) -> None:
     config = BackboneConfig(name="resnet18", stem="small", norm="gn_ws")
     net = build_backbone(config).eval()
     save_backbone(tmp_path, net, config=config, method="byol_gn", size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -329,7 +327,7 @@ class Interrupted(Monitored):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_six_steps_equal_four_steps_resume_and_two_bit_for_bit(tmp_path: Path, name: str) -> None:
+def test_resume__six_steps_equal_four_and_two_bit_for_bit(tmp_path: Path, name: str) -> None:
     options: dict[str, Any] = {"steps": 6, "batch_size": 8, "save_every": 50, "log_every": 4, "name": "sgd"}
     source = run_of(name)[1]
     train(Monitored(run_of(name)[0]), tmp_path / "whole", source, **options)
@@ -341,7 +339,7 @@ def test_six_steps_equal_four_steps_resume_and_two_bit_for_bit(tmp_path: Path, n
     assert differences(whole, pieces) == []
 
 
-def test_two_processes_resume_every_method_bit_for_bit(tmp_path: Path) -> None:
+def test_resume__of_two_processes_is_bit_exact_for_every_method(tmp_path: Path) -> None:
     launch("run", tmp_path, world=2, module="tests.ssl.ssl_cases")
     for name in RUNS:
         whole, pieces = (content(tmp_path / f"{name}_{run}" / "checkpoints" / "step_4") for run in ("whole", "pieces"))

@@ -42,14 +42,14 @@ def seen_keys(task: MoCo) -> list[Tensor]:
     return found
 
 
-def test_the_queue_begins_with_unit_rows_and_is_in_every_checkpoint() -> None:
+def test_moco_queue__begins_with_unit_rows_and_is_in_every_checkpoint() -> None:
     task = moco()
     torch.testing.assert_close(task.queue.norm(dim=1), torch.ones(20))
     assert {"queue", "queue_pointer"} <= task.state_dict().keys()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_queue_is_the_newest_keys_in_order_and_wraps(symmetric: bool) -> None:
+def test_moco_queue__is_the_newest_keys_in_order_and_wraps(symmetric: bool) -> None:
     """20 is not a multiple of 8: the third batch is written over the end and the beginning."""
     task = moco(symmetric=symmetric)
     keys = seen_keys(task)
@@ -65,7 +65,7 @@ def test_the_queue_is_the_newest_keys_in_order_and_wraps(symmetric: bool) -> Non
         assert int(task.queue_pointer) == written % 20
 
 
-def test_keys_are_queued_after_the_loss_so_no_key_is_its_own_negative() -> None:
+def test_moco_queue__keys_enter_after_the_loss_so_no_key_is_its_own_negative() -> None:
     task = moco(momentum=1.0, temperature=0.5)
     queue = task.queue.clone()
     keys = seen_keys(task)
@@ -77,7 +77,7 @@ def test_keys_are_queued_after_the_loss_so_no_key_is_its_own_negative() -> None:
     loss.backward()  # the queue has changed in place meanwhile
 
 
-def test_evaluation_changes_neither_queue_nor_pointer() -> None:
+def test_moco_queue__evaluation_changes_neither_it_nor_its_pointer() -> None:
     task = moco().eval()
     before = copy.deepcopy(task.state_dict())
     task(VIEWS.batch())
@@ -104,7 +104,7 @@ def test_momentum_encoder__updates_before_keys_and_keeps_buffers() -> None:
     torch.testing.assert_close(used[0], expected)
 
 
-def test_the_slow_encoder_moves_once_per_optimiser_step_under_accumulation(tmp_path: Path) -> None:
+def test_moco__the_momentum_encoder_moves_once_per_optimiser_step(tmp_path: Path) -> None:
     moved = []
 
     class Counting(MoCo):
@@ -127,7 +127,7 @@ def test_the_slow_encoder_moves_once_per_optimiser_step_under_accumulation(tmp_p
     assert not torch.equal(weights[1], weights[2])
 
 
-def test_no_gradient_reaches_keys_and_all_of_the_query_encoder_gets_some() -> None:
+def test_moco__no_gradient_reaches_keys_and_all_of_the_query_encoder_gets_some() -> None:
     task = moco()
     task(VIEWS.batch())[0].backward()
     for name, p in task.named_parameters():
@@ -135,7 +135,7 @@ def test_no_gradient_reaches_keys_and_all_of_the_query_encoder_gets_some() -> No
         assert name.startswith("key_") or float(p.grad.abs().sum()) > 0, name  # type: ignore[union-attr]
 
 
-def test_split_batch_norm_is_batch_norm_of_each_group_alone() -> None:
+def test_split_batch_norm__is_batch_norm_of_each_group_alone() -> None:
     torch.manual_seed(0)
     x = torch.randn(8, 3, 4, 4) * torch.arange(1, 9).view(8, 1, 1, 1)
     split = split_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 4)
@@ -150,12 +150,12 @@ def test_split_batch_norm_is_batch_norm_of_each_group_alone() -> None:
     torch.testing.assert_close(split.eval()(x), whole.eval()(x))
 
 
-def test_a_batch_that_does_not_split_is_an_error() -> None:
+def test_split_batch_norm__a_batch_that_does_not_split_is_an_error() -> None:
     with pytest.raises(ValueError, match="3 equal groups"):
         split_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 3)(torch.zeros(8, 3, 4, 4))
 
 
-def test_queries_and_their_keys_are_normalised_in_different_groups() -> None:
+def test_split_batch_norm__queries_and_their_keys_are_in_different_groups() -> None:
     """The permutation changes the keys' statistics, and is undone: each key is still that of its picture."""
     task = moco(splits=4)
     assert isinstance(task.key_backbone[1], SplitBatchNorm2d)  # type: ignore[index]
@@ -181,7 +181,7 @@ def test_shuffle__keys_return_to_their_pictures() -> None:
     torch.testing.assert_close(task._keys(view), expected)
 
 
-def test_decay_is_on_all_trained_parameters_as_in_the_authors_code() -> None:
+def test_moco__decay_is_on_all_trained_parameters_as_in_the_authors_code() -> None:
     task = moco()
     (group,) = task.param_groups(OptimConfig(weight_decay=1e-4))
     names = {name for name, p in task.named_parameters() if any(p is q for q in group["params"])}
@@ -189,7 +189,7 @@ def test_decay_is_on_all_trained_parameters_as_in_the_authors_code() -> None:
     assert group["weight_decay"] == 1e-4
 
 
-def test_a_batch_norm_that_cannot_be_split_is_refused() -> None:
+def test_split_batch_norm__one_that_cannot_be_split_is_refused() -> None:
     from timm.layers import BatchNormAct2d
 
     with pytest.raises(UserError, match="BatchNormAct2d cannot be split"):

@@ -80,7 +80,7 @@ def has(given: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", METHOD)
-def test_method_views_and_optimiser_are_the_published_ones(name: str) -> None:
+def test_paper_recipes__method_views_and_optimiser_are_the_published_ones(name: str) -> None:
     raw = of(name)
     has(raw["method"], METHOD[name])
     has(raw["optim"], OPTIM[name])
@@ -92,7 +92,7 @@ def test_method_views_and_optimiser_are_the_published_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LENGTH)
-def test_steps_are_the_published_epochs(name: str) -> None:
+def test_paper_recipes__steps_are_the_published_epochs(name: str) -> None:
     raw, (epochs, batch, warm_up) = of(name), LENGTH[name]
     assert raw["loop"]["batch_size"] == batch
     assert raw["loop"]["steps"] == pytest.approx(epochs * IMAGES / batch, rel=1e-3)

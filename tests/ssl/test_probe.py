@@ -62,7 +62,7 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (7, 0.07), (20, 0.5), (500, 0.1)])
-def test_knn_is_the_weighted_vote_by_brute_force(k: int, temperature: float) -> None:
+def test_knn__is_the_weighted_vote_by_brute_force(k: int, temperature: float) -> None:
     rng = np.random.default_rng(k)
     query, bank, labels = rng.normal(size=(30, 5)), rng.normal(size=(60, 5)), rng.integers(0, 4, 60)
     expected = np.zeros((30, 4))
@@ -82,7 +82,7 @@ def test_knn_is_the_weighted_vote_by_brute_force(k: int, temperature: float) -> 
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_near_neighbour_outvotes_many_far_ones() -> None:
+def test_knn__a_near_neighbour_outvotes_many_far_ones() -> None:
     bank = torch.tensor([[1.0, 0.0]] + [[0.0, 1.0]] * 5)
     labels = torch.tensor([0, 1, 1, 1, 1, 1])
     query = torch.tensor([[1.0, 0.2]])
@@ -90,7 +90,7 @@ def test_a_near_neighbour_outvotes_many_far_ones() -> None:
     assert int(knn(query, bank, labels, classes=2, k=6, temperature=100.0).argmax()) == 1
 
 
-def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> None:
+def test_features__are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> None:
     net, images = network().train(), Blobs(20, seed=1)
     net[3].eval()  # a mode of its own must survive
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -104,7 +104,7 @@ def test_features_are_those_of_eval_mode_and_the_backbone_stays_as_it_was() -> N
     torch.testing.assert_close(found, net.eval()((pixels - 0.5) / 0.25).detach())
 
 
-def test_the_evaluation_view_is_the_centre_of_the_resized_picture() -> None:
+def test_evaluation_view__is_the_centre_of_the_resized_picture() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (70, 100, 3), np.uint8)
     found = centre(picture, 56)
     whole = cv2.resize(picture, (91, 64), interpolation=cv2.INTER_AREA)
@@ -113,7 +113,7 @@ def test_the_evaluation_view_is_the_centre_of_the_resized_picture() -> None:
     assert centre(exact, 56) is exact
 
 
-def test_low_shot_solves_the_regularised_regression() -> None:
+def test_low_shot__solves_the_regularised_regression() -> None:
     """At the solution the objective's gradient is zero; computed here by hand in float64."""
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(12, 3)), np.arange(12) % 3
@@ -129,7 +129,7 @@ def test_low_shot_solves_the_regularised_regression() -> None:
     assert np.abs(gradient).max() < 1e-3 and np.abs(weight).max() > 0.5
 
 
-def test_low_shot_sees_only_so_many_labels_per_class() -> None:
+def test_low_shot__uses_the_given_number_of_labels_per_class() -> None:
     x, y = torch.eye(40), torch.arange(40) % 4
     scores = few_labels(x, y, x, classes=4, shots=2, seed=5)
     told = (scores - scores.mean(0)).abs().max(1).values > 1e-2
@@ -217,7 +217,7 @@ def _steps_by_hand(
 @pytest.mark.parametrize("kind", ["sgd", "nesterov", "lars"])
 @pytest.mark.parametrize("batch", [16, 32])
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: int, epochs: int) -> None:
+def test_linear_probe__its_steps_are_those_computed_by_hand(kind: str, batch: int, epochs: int) -> None:
     """The rate is the recipe's times batch / 256 and falls by a cosine; momentum is .9; decay is on both tensors."""
     images, net, decay = Blobs(batch, seed=1), network(), 0.3
     recipe = Recipe(
@@ -233,7 +233,7 @@ def test_steps_of_the_linear_probe_are_those_computed_by_hand(kind: str, batch: 
     np.testing.assert_allclose(head.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-6)
 
 
-def test_the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
+def test_linear_probe__the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
     images, net = Blobs(16, seed=1), network()
     head = linear_classifier(
         net, images, PLAIN, classes=4, protocol=Recipe(8.0, 5, milestones=(0.6, 0.8)), augment=False, log=lambda _: None
@@ -246,13 +246,13 @@ def test_the_rate_of_a_recipe_with_milestones_falls_to_a_tenth() -> None:
     np.testing.assert_allclose(head.bias.detach().numpy(), bias, rtol=1e-4, atol=1e-6)
 
 
-def test_training_crops_differ_between_epochs_and_repeat_by_seed() -> None:
+def test_linear_probe__training_crops_differ_between_epochs_and_repeat_by_seed() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     crops = [random_crop(picture, 16, 0, epoch, 7) for epoch in (0, 1, 0)]
     assert np.array_equal(crops[0], crops[2]) and not np.array_equal(crops[0], crops[1])
 
 
-def test_a_probe_in_training_decodes_once_and_agrees_with_the_whole_measure() -> None:
+def test_online_probe__decodes_once_and_agrees_with_the_whole_measure() -> None:
     train, test, net = Blobs(60, seed=1), Blobs(24, seed=2), network()
     watch = KnnProbe(train, test, PLAIN, seconds=60, bank=60, queries=24, k=5, batch=16)
     first, second = watch(net), watch(net)
@@ -265,7 +265,7 @@ def test_a_probe_in_training_decodes_once_and_agrees_with_the_whole_measure() ->
     assert first["knn"] == pytest.approx(accuracy(scores, labels(test, range(24))))
 
 
-def test_a_probe_out_of_time_is_smaller_and_still_has_both_halves() -> None:
+def test_online_probe__out_of_time_is_smaller_and_still_has_both_halves() -> None:
     watch = KnnProbe(Blobs(60, seed=1), Blobs(24, seed=2), PLAIN, seconds=0, bank=60, queries=24, k=5, batch=10)
     found = watch(network())
     assert (found["bank"], found["queries"]) == (10, 4)
@@ -287,7 +287,7 @@ def test_probe__an_unreadable_picture_is_replaced_and_reported_once(
     assert capsys.readouterr().err.count("a grey picture stands for broken.png") == 1
 
 
-def test_pictures_without_labels_are_refused() -> None:
+def test_probe__pictures_without_labels_are_refused() -> None:
     class Unlabelled(Blobs):
         def label(self, index: int) -> int:
             return -1
@@ -306,7 +306,7 @@ def folder_of(root: Path, splits: dict[str, tuple[str, ...]]) -> Path:
     return root
 
 
-def test_folders_with_other_classes_in_val_are_refused(tmp_path: Path) -> None:
+def test_probe__folders_with_other_classes_in_val_are_refused(tmp_path: Path) -> None:
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "c")})
     with pytest.raises(UserError, match="different classes, for example 'b'"):
         open_data(str(root), size=None)
@@ -314,7 +314,7 @@ def test_folders_with_other_classes_in_val_are_refused(tmp_path: Path) -> None:
         open_data(str(tmp_path / "nowhere"), size=None)
 
 
-def test_the_command_writes_its_report(
+def test_probe__the_command_writes_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = folder_of(tmp_path, {"train": ("a", "b"), "val": ("a", "b")})
@@ -335,12 +335,14 @@ def test_the_command_writes_its_report(
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "x"])
-def test_a_temperature_is_above_zero(given: str) -> None:
+def test_probe__a_temperature_is_above_zero(given: str) -> None:
     with pytest.raises(UserError, match=f"--temperature: '{given}' must be above 0"):
         probe.main(["--backbone", "x", "--temperature", given])
 
 
-def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe__a_size_that_the_backbone_cannot_take_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pretrain.config_ssl import BackboneConfig
     from pretrain.nets.backbones import build_backbone
 
@@ -352,7 +354,7 @@ def test_a_size_that_the_backbone_cannot_take_is_refused(tmp_path: Path, monkeyp
         probe.main(["--backbone", "x", "--data", str(root), "--size", "48"])
 
 
-def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tmp_path: Path) -> None:
+def test_probe__reads_the_backbone_of_an_unfinished_run_from_its_checkpoint(tmp_path: Path) -> None:
     cfg = PretrainConfig.model_validate(
         {
             "out": tmp_path / "run",
@@ -379,7 +381,7 @@ def test_the_online_backbone_of_an_unfinished_run_is_read_from_its_checkpoint(tm
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vit"])
-def test_the_image_tower_of_an_encoder_is_probed(tmp_path: Path, kind: str) -> None:
+def test_probe__takes_the_image_tower_of_an_encoder(tmp_path: Path, kind: str) -> None:
     vit = ViTTower(kind="vit", patch_size=8, width=32, layers=1, heads=2, image_size=32)
     tower = ResNetTower(image_size=32) if kind == "resnet" else vit
     encoder = build_encoder(EncoderConfig(embed_dim=8, image=tower)).eval()
@@ -397,12 +399,12 @@ def test_the_image_tower_of_an_encoder_is_probed(tmp_path: Path, kind: str) -> N
         measures.open_backbone(None, texts)
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_probe__a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no exported backbone and no checkpoint"):
         measures.open_backbone(tmp_path, None)
 
 
-def test_every_process_gets_the_features_of_all(tmp_path: Path) -> None:
+def test_features__every_process_gets_those_of_all(tmp_path: Path) -> None:
     """Two processes, each computing half."""
     import subprocess
     import sys

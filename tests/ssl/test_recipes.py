@@ -16,7 +16,7 @@ from pretrain.config import PretrainConfig
 from pretrain.engine.config import OptimConfig, load_config
 from pretrain.engine.optim import build_optimizer
 from pretrain.methods import build as methods_build
-from pretrain.methods import memory as methods_memory
+from pretrain.methods import head_memory
 from pretrain.methods.build import build_method
 from pretrain.nets.heads import mlp
 from pretrain.nets.standardised import StandardisedConv2d, StandardisedLinear, standardised
@@ -81,8 +81,8 @@ def described(head: nn.Module) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_are_the_papers_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods_memory, "free_memory", lambda device: 1e15)
+def test_heads__are_the_papers_layer_by_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_memory, "free_memory", lambda device: 1e15)
     cfg = load_config(PretrainConfig, PAPER / f"{name}.yaml")
     with torch.device("meta"):
         task = build_method(cfg.method, batch_size=cfg.loop.batch_size, device=torch.device("cpu"))  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ GIVEN: dict[str, dict[str, Any]] = {  # no default among them
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_constant_of_a_config_reaches_its_method(name: str) -> None:
+def test_method_config__every_constant_reaches_its_method(name: str) -> None:
     task = build_method(section(name, **GIVEN[name]), batch_size=8, device=torch.device("cpu"))
     assert {key: getattr(task, key) for key in GIVEN[name]} == GIVEN[name]
     if name == "swav":
@@ -117,7 +117,7 @@ def test_every_constant_of_a_config_reaches_its_method(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol", "byol_gn"])
-def test_norms_and_biases_have_no_decay_and_no_layer_wise_rate(name: str) -> None:
+def test_param_groups__norms_and_biases_have_no_decay_and_no_layer_wise_rate(name: str) -> None:
     """arXiv:2002.05709, §2.1 and code; arXiv:2006.07733, §3.3."""
     task = small_method(name)
     optim = OptimConfig(name="lars", lr=1.0, weight_decay=1e-6)
@@ -139,7 +139,7 @@ def test_norms_and_biases_have_no_decay_and_no_layer_wise_rate(name: str) -> Non
     assert any("bias" in key for key in groups[True][1])
 
 
-def test_standardised_weights_have_mean_0_and_variance_1_per_output_unit() -> None:
+def test_weight_standardisation__mean_0_and_variance_1_per_output_unit() -> None:
     """arXiv:1903.10520, eq. 2, in numpy; the variance over the inputs is the biased one."""
     weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 2
     flat = weight.numpy().reshape(5, -1)
@@ -154,10 +154,10 @@ def test_standardised_weights_have_mean_0_and_variance_1_per_output_unit() -> No
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_several_gpus_share_batch_statistics_but_in_moco(name: str) -> None:
+def test_sync_batch_norm__is_used_on_several_gpus_but_not_by_moco(name: str) -> None:
     with (
         mock.patch.object(methods_build, "world_size", lambda: 2),
-        mock.patch.object(methods_memory, "free_memory", lambda device: 1e15),
+        mock.patch.object(head_memory, "free_memory", lambda device: 1e15),
     ):
         task = build_method(section(name), batch_size=8, device=torch.device("cuda"))
     norms = [m for m in task.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -168,7 +168,7 @@ def test_several_gpus_share_batch_statistics_but_in_moco(name: str) -> None:
         assert all(shared) and bool(norms) == (name != "byol_gn")
 
 
-def test_a_symmetric_moco_sums_the_losses_of_both_directions() -> None:
+def test_moco__a_symmetric_one_sums_the_losses_of_both_directions() -> None:
     """As the authors' CIFAR notebook does."""
     views = Views((8, 8)).batch(8)["views"]
     plain = [{"size": 8, "count": 2, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": 0.0}]
@@ -184,7 +184,7 @@ def test_a_symmetric_moco_sums_the_losses_of_both_directions() -> None:
     torch.testing.assert_close(loss(True, views), there + back, rtol=1e-4, atol=1e-5)
 
 
-def test_no_unit_of_a_head_is_normalised_alone() -> None:
+def test_group_norm__no_unit_of_a_head_is_normalised_alone() -> None:
     """A group of one unit would always give 0, and no gradient."""
     for hidden, groups in ((4096, 16), (128, 16), (68, 4), (16, 2), (6, 1)):
         norm = mlp([5, hidden, 3], norm="gn_ws")[1]
@@ -201,6 +201,8 @@ def test_no_unit_of_a_head_is_normalised_alone() -> None:
         ("paper/clip.yaml", 2, "set method.chunk in place of it"),
     ],
 )
-def test_accumulation_that_changes_what_is_compared_is_reported(config: str, accumulate: int, said: str | None) -> None:
+def test_accumulation__is_reported_where_it_changes_what_is_compared(
+    config: str, accumulate: int, said: str | None
+) -> None:
     warning = smaller_comparison(load_config(PretrainConfig, config, [f"loop.accumulate={accumulate}"]))
     assert (warning is None) == (said is None) and (said or "") in (warning or "")

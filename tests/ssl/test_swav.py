@@ -46,7 +46,7 @@ def steps(task: SwAV, count: int, *, first: int = 0, total: int = 100) -> list[f
     return losses
 
 
-def test_prototypes_are_unit_vectors_in_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prototypes__are_unit_vectors_in_every_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     task = swav()
     task.projector.register_forward_hook(lambda *_: seen.append(task.prototypes.detach().norm(dim=1)))
@@ -55,7 +55,7 @@ def test_prototypes_are_unit_vectors_in_every_forward(monkeypatch: pytest.Monkey
     torch.testing.assert_close(torch.stack(seen), torch.ones(4, K))
 
 
-def test_frozen_prototypes_stay_the_same_bits_and_leave_no_optimiser_state(tmp_path: Path) -> None:
+def test_prototypes__frozen_ones_stay_the_same_bits_and_leave_no_optimiser_state(tmp_path: Path) -> None:
     task = swav(freeze_steps=3)
     before = task.prototypes.detach().clone()
     options: dict[str, Any] = {"batch_size": 8, "name": "sgd", "lr": 0.5, "weight_decay": 0.01, "save_every": 100}
@@ -84,7 +84,7 @@ def test_frozen_prototypes__backbone_gets_gradient() -> None:
     assert not torch.equal(task.backbone.state_dict()["0.weight"], before["0.weight"])
 
 
-def test_codes_come_from_the_big_crops_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes__come_from_the_big_crops_only(monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[Tensor] = []
 
     def spy(scores: Tensor, **options: Any) -> Tensor:
@@ -103,7 +103,7 @@ def test_codes_come_from_the_big_crops_only(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(torch.cat(scored), expected[: len(big)].detach())
 
 
-def test_one_forward_of_the_backbone_per_resolution_and_one_of_the_head() -> None:
+def test_multi_crop__one_forward_of_the_backbone_per_resolution_and_one_of_the_head() -> None:
     task, passes, heads = swav(), [], []
     task.backbone.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
     task.projector.register_forward_pre_hook(lambda _, inputs: heads.append(tuple(inputs[0].shape)))
@@ -112,7 +112,7 @@ def test_one_forward_of_the_backbone_per_resolution_and_one_of_the_head() -> Non
     assert heads == [(40, WIDTH)]
 
 
-def test_no_gradient_flows_through_codes() -> None:
+def test_codes__get_no_gradient() -> None:
     """With codes that are constants, the gradient is the same bit for bit."""
     codes: list[Tensor] = []
 
@@ -134,14 +134,14 @@ def test_no_gradient_flows_through_codes() -> None:
     assert torch.equal(*found)
 
 
-def test_the_loss_is_stuck_at_ln_k_when_all_prototypes_are_alike() -> None:
+def test_swav_loss__is_stuck_at_ln_k_when_all_prototypes_are_alike() -> None:
     task = swav()
     with torch.no_grad():
         task.prototypes.copy_(task.prototypes[:1].expand(K, DIM))
     assert task(VIEWS.batch())[0].item() == pytest.approx(math.log(K), abs=1e-5)
 
 
-def test_the_queue_fills_from_its_start_and_is_used_when_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swav_queue__fills_from_its_start_and_is_used_when_full(monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[bool] = []
     real = module.swav_loss
 
@@ -159,7 +159,7 @@ def test_the_queue_fills_from_its_start_and_is_used_when_full(monkeypatch: pytes
     assert used == [False] * 5 + [True] * 2
 
 
-def test_the_queue_holds_the_newest_unit_embeddings_per_big_crop_and_wraps() -> None:
+def test_swav_queue__holds_the_newest_unit_embeddings_per_big_crop_and_wraps() -> None:
     task, seen = swav(queue_length=20), []
     task.projector.register_forward_hook(lambda *args: seen.append(nn.functional.normalize(args[2].detach(), dim=1)))
     steps(task, 4)
@@ -170,14 +170,14 @@ def test_the_queue_holds_the_newest_unit_embeddings_per_big_crop_and_wraps() -> 
     assert int(task.queue_pointer) == 32 % 20
 
 
-def test_a_batch_longer_than_the_queue_leaves_its_end() -> None:
+def test_swav_queue__a_batch_longer_than_it_leaves_its_end() -> None:
     task, seen = swav(queue_length=3), []
     task.projector.register_forward_hook(lambda *args: seen.append(nn.functional.normalize(args[2].detach(), dim=1)))
     steps(task, 1)
     torch.testing.assert_close(task.queue[0], seen[0][5:8])
 
 
-def test_earlier_embeddings_are_scored_with_the_prototypes_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swav_queue__is_scored_with_the_current_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     real = module.swav_loss
     monkeypatch.setattr(
@@ -190,12 +190,12 @@ def test_earlier_embeddings_are_scored_with_the_prototypes_of_now(monkeypatch: p
     torch.testing.assert_close(torch.stack(given[1]), queue @ prototypes.T)
 
 
-def test_one_big_crop_is_refused() -> None:
+def test_multi_crop__one_big_crop_is_refused() -> None:
     with pytest.raises(ValueError, match="two big crops"):
         swav(big_crops=1)
 
 
-def test_all_parameters_are_one_group_with_decay_as_in_the_reference() -> None:
+def test_param_groups__all_of_swav_is_one_group_with_decay_as_in_the_reference() -> None:
     from pretrain.engine.config import OptimConfig
 
     task = swav()

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -17,13 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pretrain import train
-from pretrain.config import PretrainConfig
+from pretrain.config import ClipMethod, PretrainConfig
 from pretrain.config_views import Normalise
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.config import load_config
 from pretrain.methods.clip import Clip
 from pretrain.nets.backbones import load_backbone
 from pretrain.nets.towers import build_encoder
+from pretrain.training.image_text_encoder import build_caption_clip, build_clip_encoder
+from pretrain.training.parts import PretrainingParts
+from pretrain.training.self_supervised import build_self_supervised
 from tests.ssl.ssl_cases import METHODS
 
 SMALL: dict[str, list[str]] = {
@@ -73,18 +75,21 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_pretraining__writes_its_learning_rates_and_the_backbone_it_trained(
+    name: str, pictures: Path, tmp_path: Path
+) -> None:
     begun: list[dict[str, Tensor]] = []
     trained: list[nn.Module] = []
-    build: Callable[..., Any] = train.build_self_supervised
+    build = train.build_parts
 
-    def monitored(cfg: PretrainConfig, **more: Any) -> Any:
-        made = build(cfg, **more)
-        trained.append(made[0].backbone)
-        begun.append({key: value.clone() for key, value in made[0].backbone.state_dict().items()})
-        return made
+    def recorded(cfg: PretrainConfig, **more: Any) -> PretrainingParts:
+        parts = build(cfg, **more)
+        backbone = cast(nn.Module, parts.task.backbone)
+        trained.append(backbone)
+        begun.append({key: value.clone() for key, value in backbone.state_dict().items()})
+        return parts
 
-    with mock.patch.object(train, "build_self_supervised", monitored):
+    with mock.patch.object(train, "build_parts", recorded):
         argv = ["--config", f"pretrain/{name}.yaml", *changes(name, pictures, tmp_path / "run")]
         assert train.main(argv) == 0
     second = 0.1 if name == "moco_v1" else 0.5  # a milestone; the middle of the cosine
@@ -118,18 +123,18 @@ def test_a_run_writes_its_learning_rates_and_the_backbone_it_trained(name: str, 
 
 @pytest.mark.parametrize(("rule", "factor"), [("linear", 16 / 256), ("sqrt", 4.0), ("none", 1.0)])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_simclr_s_rule_counts_the_whole_batch(
+def test_learning_rate__simclrs_rule_counts_the_whole_batch(
     rule: str, factor: float, accumulate: int, pictures: Path, tmp_path: Path
 ) -> None:
     more = [f"method.lr_rule={rule}", f"loop.accumulate={accumulate}"]
     cfg = load_config(PretrainConfig, "pretrain/simclr.yaml", [*changes("simclr", pictures, tmp_path), *more])
-    _, source, optim = train.build_self_supervised(cfg)
-    assert optim.lr == pytest.approx(1e-3 * factor)
-    assert optim.model_copy(update={"lr": cfg.optim.lr}) == cfg.optim, "nothing but lr changes"
-    assert source.sample(0, 0) is not None
+    parts = build_self_supervised(cfg)
+    assert parts.optim.lr == pytest.approx(1e-3 * factor)
+    assert parts.optim.model_copy(update={"lr": cfg.optim.lr}) == cfg.optim, "nothing but lr changes"
+    assert parts.source.sample(0, 0) is not None
 
 
-def test_a_run_in_two_passes_logs_the_rate_of_the_whole_batch(pictures: Path, tmp_path: Path) -> None:
+def test_learning_rate__a_run_in_two_passes_logs_that_of_the_whole_batch(pictures: Path, tmp_path: Path) -> None:
     more = ["method.lr_rule=linear", "loop.accumulate=2"]
     argv = ["--config", "pretrain/simclr.yaml", *changes("simclr", pictures, tmp_path / "run"), *more]
     assert train.main(argv) == 0
@@ -137,9 +142,9 @@ def test_a_run_in_two_passes_logs_the_rate_of_the_whole_batch(pictures: Path, tm
 
 
 @pytest.mark.parametrize("name", ["moco_v2", "byol", "simsiam"])
-def test_other_methods_take_the_learning_rate_as_it_is(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_learning_rate__other_methods_take_it_as_it_is(name: str, pictures: Path, tmp_path: Path) -> None:
     cfg = load_config(PretrainConfig, f"pretrain/{name}.yaml", changes(name, pictures, tmp_path))
-    assert train.build_self_supervised(cfg)[2] == cfg.optim
+    assert build_self_supervised(cfg).optim == cfg.optim
 
 
 # --- CLIP
@@ -147,12 +152,11 @@ def test_other_methods_take_the_learning_rate_as_it_is(name: str, pictures: Path
 
 def clip_of(*more: str) -> tuple[PretrainConfig, Clip]:
     cfg = load_config(PretrainConfig, "paper/clip.yaml", [*CLIP, *more])
-    task = train.build_task(cfg)
-    assert isinstance(task, Clip)
-    return cfg, task
+    assert isinstance(cfg.method, ClipMethod)
+    return cfg, build_caption_clip(cfg, cfg.method, build_clip_encoder(cfg.method))
 
 
-def test_clip_is_built_as_its_section_says() -> None:
+def test_clip__is_built_as_its_section_says() -> None:
     cfg, task = clip_of()
     assert task.chunk == 1024 and task.same_noun_positive is False and task.names is None
     assert task.augmentation == cfg.method.augment  # type: ignore[union-attr]
@@ -164,7 +168,7 @@ def test_clip_is_built_as_its_section_says() -> None:
     assert other.chunk is None and other.same_noun_positive is True and other.augmentation.hue == 0.25
 
 
-def test_clip_leaves_a_frozen_text_tower_as_it_was(tmp_path: Path) -> None:
+def test_clip__leaves_a_frozen_text_tower_as_it_was(tmp_path: Path) -> None:
     given = build_encoder(clip_of()[0].method.encoder)  # type: ignore[union-attr]
     given.save(tmp_path / "text")
     _, free = clip_of(f"method.text_weights={tmp_path / 'text'}")

@@ -124,7 +124,7 @@ def test_two_processes__equal_one(runs: dict[int, Path], name: str) -> None:
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=2e-5, msg=key)
 
 
-def test_the_queue_of_two_processes_is_full_and_that_of_one(runs: dict[int, Path]) -> None:
+def test_two_processes__fill_the_same_queue_as_one(runs: dict[int, Path]) -> None:
     one, two = (content(step_folder(runs[world] / "swav_same", 6))["model"] for world in (1, 2))
     assert int(two["queue_filled"]) == 24 and int(two["queue_pointer"]) == int(one["queue_pointer"]) == 80 % 24
     assert bool((two["queue"].norm(dim=2) - 1).abs().max() < 1e-5)
@@ -132,14 +132,14 @@ def test_the_queue_of_two_processes_is_full_and_that_of_one(runs: dict[int, Path
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", SIZES)
-def test_a_resumed_run_is_the_same_bit_for_bit(runs: dict[int, Path], name: str, world: int) -> None:
+def test_two_processes__a_resumed_run_is_bit_exact(runs: dict[int, Path], name: str, world: int) -> None:
     whole, parts = (content(step_folder(runs[world] / f"{name}_{kind}", 7)) for kind in ("whole", "parts"))
     assert differences(whole, parts) == []
     half = content(step_folder(runs[world] / f"{name}_whole", 3))
     assert differences(half, whole) != []
 
 
-def test_moco_shuffles_pictures_between_processes_and_puts_their_keys_back(runs: dict[int, Path]) -> None:
+def test_two_processes__moco_shuffles_pictures_between_them_and_puts_their_keys_back(runs: dict[int, Path]) -> None:
     first, second = (torch.load(runs[2] / f"keys_{n}.pt", weights_only=True) for n in (0, 1))
     for one in (first, second):
         # A key is that of its own picture, wherever it was computed ...

@@ -163,7 +163,7 @@ def test_augment__each_operation_equals_pil(change: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_grey_first_is_not_coloured_afterwards_but_jitter_first_is_greyed(backend: str) -> None:
+def test_greyscale__comes_before_or_after_jitter_as_the_method_says(backend: str) -> None:
     images, strong = crops(2), drawn(2, grey=True, hue=0.3, factors=[1.4, 1, 1])
     before = BACKENDS[backend](images, strong, PLAIN.model_copy(update={"grey_first": True}))
     after = BACKENDS[backend](images, strong, PLAIN)
@@ -180,7 +180,7 @@ def test_augment__undrawn_operations_change_nothing(backend: str) -> None:
     assert torch.equal(BACKENDS[backend](images, drawn(3), PLAIN), images.float() / 255)
 
 
-def test_the_two_implementations_agree_for_the_same_parameters() -> None:
+def test_augment__the_two_implementations_agree_for_the_same_parameters() -> None:
     images = crops(200)
     torch.manual_seed(0)
     parameters = draw_parameters(PLAIN.model_copy(update={"solarise_p": 0.0}), 200, CPU)
@@ -191,7 +191,7 @@ def test_the_two_implementations_agree_for_the_same_parameters() -> None:
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_normalisation_is_with_mean_and_deviation_of_each_channel(backend: str) -> None:
+def test_normalise__with_mean_and_deviation_of_each_channel(backend: str) -> None:
     images, config = crops(2), ViewConfig(size=48, normalise=Normalise(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125)))
     plain = images.float() / 255
     expected = TF.normalize(plain, [0.1, 0.2, 0.3], [0.5, 0.25, 0.125])
@@ -250,7 +250,7 @@ def test_crop__distribution_equals_torchvision() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10))])
-def test_a_very_long_picture_falls_back_to_the_largest_box_in_its_middle(
+def test_random_resized_crop__a_very_long_picture_falls_back_to_the_largest_central_box(
     height: int, width: int, expected: tuple[int, ...]
 ) -> None:
     assert crop_box(height, width, ViewConfig(crop_scale=(0.9, 1.0)), Dice(0)) == expected
@@ -274,7 +274,7 @@ def near(rate: float, expected: float, count: int) -> bool:
 
 
 @pytest.mark.parametrize(("view", "blur", "solarise"), [(0, 1.0, 0.0), (1, 0.1, 0.2)])
-def test_rates_of_byols_asymmetric_views_over_2000_draws(view: int, blur: float, solarise: float) -> None:
+def test_byol_views__their_asymmetric_rates_over_2000_draws(view: int, blur: float, solarise: float) -> None:
     torch.manual_seed(view)
     p = draw_parameters(BYOL[view], 2000, CPU)
     jittered = (p.factors != 1).any(1)
@@ -291,7 +291,7 @@ def test_rates_of_byols_asymmetric_views_over_2000_draws(view: int, blur: float,
         assert abs(float(value.mean()) - (low + high) / 2) < 4 * (high - low) / math.sqrt(12 * len(value))
 
 
-def test_what_solarise_and_blur_rates_say_is_seen_in_the_pixels() -> None:
+def test_solarise_and_blur__their_rates_show_in_the_pixels() -> None:
     edge = torch.zeros(2000, 3, 16, 16, dtype=torch.uint8)
     edge[..., 8:] = 200
     for config, blurred, solarised in ((BYOL[0], 1.0, 0.0), (BYOL[1], 0.1, 0.2)):
@@ -302,7 +302,7 @@ def test_what_solarise_and_blur_rates_say_is_seen_in_the_pixels() -> None:
         assert near(float(((seen[:, 7] - seen[:, 0]).abs() > 0.01).float().mean()), blurred, 2000)
 
 
-def test_the_four_colour_changes_come_in_each_of_the_24_orders_alike_often() -> None:
+def test_colour_jitter__its_24_orders_are_equally_frequent() -> None:
     torch.manual_seed(0)
     p = draw_parameters(PLAIN, 24_000, CPU)
     key = p.hue_at * 27 + (p.order * torch.tensor([9, 3, 1])).sum(1)
@@ -311,7 +311,7 @@ def test_the_four_colour_changes_come_in_each_of_the_24_orders_alike_often() -> 
     assert (times - 1000).abs().max() < 4 * math.sqrt(1000)
 
 
-def test_half_of_the_crops_are_flipped() -> None:
+def test_flip__half_of_the_crops_are_flipped() -> None:
     ramp = np.repeat(np.linspace(0, 255, 8).astype(np.uint8)[None, :, None], 8, 0).repeat(3, 2)
     source = ViewSource(
         Pictures([ramp]), [ViewConfig(size=8), ViewConfig(size=8, flip=0), ViewConfig(size=8, flip=1)], 0
@@ -323,7 +323,7 @@ def test_half_of_the_crops_are_flipped() -> None:
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_a_samples_result_depends_on_its_own_parameters_alone(backend: str) -> None:
+def test_augment__a_sample_depends_on_its_own_parameters_alone(backend: str) -> None:
     images = crops(1).repeat(16, 1, 1, 1)
     torch.manual_seed(2)
     parameters = draw_parameters(PLAIN, 16, CPU)
@@ -346,7 +346,7 @@ def test_view_augment__draws_independently_per_picture() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "opencv"])
-def test_the_same_generator_state_gives_the_same_views(backend: Any) -> None:
+def test_augment__the_same_generator_state_gives_the_same_views(backend: Any) -> None:
     augment, images = ViewAugment(PLAIN, backend=backend), crops(8)
     torch.manual_seed(7)
     first = augment(images)
@@ -357,7 +357,7 @@ def test_the_same_generator_state_gives_the_same_views(backend: Any) -> None:
     assert not torch.equal(first, second)
 
 
-def test_no_other_generator_is_used() -> None:
+def test_augment__no_other_generator_is_used() -> None:
     random.seed(1)
     np.random.seed(1)
     states = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
@@ -372,7 +372,7 @@ def test_no_other_generator_is_used() -> None:
 # --- the source ------------------------------------------------------------------------------------------------------
 
 
-def test_a_crop_is_a_function_of_seed_index_draw_and_view() -> None:
+def test_crop__is_a_function_of_seed_index_draw_and_view() -> None:
     pictures = Pictures([photo(60, 80)] * 2)
     views = [ViewConfig(size=16, count=2)]
 
@@ -384,7 +384,7 @@ def test_a_crop_is_a_function_of_seed_index_draw_and_view() -> None:
     assert len(set(everything)) == 8
 
 
-def test_a_batch_has_every_view_in_uint8_with_index_and_label() -> None:
+def test_batch__has_every_view_in_uint8_with_index_and_label() -> None:
     views = [ViewConfig(size=32, count=2), ViewConfig(size=16, count=3)]
     source = ViewSource(Pictures([photo(40, 50, k) for k in range(5)]), views, 0)
     batch = source.collate([source.sample(index, 9) for index in (4, 0, 2)])
@@ -395,7 +395,7 @@ def test_a_batch_has_every_view_in_uint8_with_index_and_label() -> None:
     assert expand_views(views) == [views[0]] * 2 + [views[1]] * 3
 
 
-def test_a_picture_is_decoded_once_for_all_its_views() -> None:
+def test_batch__a_picture_is_decoded_once_for_all_its_views() -> None:
     class Counting(Pictures):
         decoded = 0
 
@@ -408,7 +408,7 @@ def test_a_picture_is_decoded_once_for_all_its_views() -> None:
     assert pictures.decoded == 1
 
 
-def test_loader_processes_make_the_same_batches_as_no_processes() -> None:
+def test_loader__processes_make_the_same_batches_as_none() -> None:
     source = ViewSource(Pictures([photo(40, 50, k) for k in range(6)]), [ViewConfig(size=16, count=2)], 3)
     data = Microbatches(source, seed=3, batch_size=4, accumulate=1, rank=0, world_size=1)
     inline, forked = (list(batches(data, first=2, last=5, workers=n, pin=False)) for n in (0, 1))
@@ -421,7 +421,7 @@ def test_loader_processes_make_the_same_batches_as_no_processes() -> None:
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "opencv"])
-def test_uint8_in_any_layout_contiguous_float32_out(backend: Any) -> None:
+def test_augment__uint8_in_any_layout_gives_contiguous_float32(backend: Any) -> None:
     config = ViewConfig(size=48, solarise_p=0.2)
     result = ViewAugment(config, backend=backend)(crops(3))
     assert result.dtype == torch.float32 and result.shape == (3, 3, 48, 48)
@@ -442,7 +442,7 @@ def test_augment__compiles_to_one_graph() -> None:
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8),
                                    torch.zeros(2, 1, 8, 8, dtype=torch.uint8)])  # fmt: skip
-def test_anything_but_uint8_rgb_batches_is_refused(wrong: Tensor) -> None:
+def test_augment__anything_but_uint8_rgb_is_refused(wrong: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         ViewAugment(PLAIN)(wrong)
 
@@ -464,7 +464,7 @@ def test_views__contradictory_config_is_refused(wrong: dict[str, Any]) -> None:
         ViewConfig(**wrong)
 
 
-def test_a_blur_wider_than_the_view_still_works() -> None:
+def test_blur__wider_than_the_view_still_works() -> None:
     assert kernel_reach(2.0, 224) == 6 and kernel_reach(50.0, 8) == 7
     config = ViewConfig(size=8, blur_p=1, blur_sigma=(20, 50), jitter_p=0, grey_p=0, normalise=None)
     images = crops(4, 8)

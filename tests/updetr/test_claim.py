@@ -49,14 +49,14 @@ class Detects(nn.Module):
 
 
 @pytest.mark.parametrize(("classes", "right"), [(LABELS, True), ([0, 1], False), ([2, 0], False)])
-def test_any_class_forgives_a_wrong_name(claim: ModuleType, classes: list[int], right: bool) -> None:
+def test_class_agnostic_ap__forgives_a_wrong_name(claim: ModuleType, classes: list[int], right: bool) -> None:
     batch = [{**picture(64, 96, BOXES, LABELS), "size": (64, 96)}]
     found = claim.average_precision(Detects(classes), [batch, batch])
     assert found["ap50_any_class"] == pytest.approx(1.0)
     assert (found["ap50"] == pytest.approx(1.0)) == right
 
 
-def test_steps_to_a_value_are_the_first_that_reach_it(claim: ModuleType) -> None:
+def test_steps_to_a_value__are_the_first_that_reach_it(claim: ModuleType) -> None:
     curve = [{"step": 100, "ap50": 0.1}, {"step": 200, "ap50": 0.3}, {"step": 300, "ap50": 0.2}]
     assert [claim.steps_to(curve, value, "ap50") for value in (0.05, 0.2, 0.4)] == [100, 200, None]
 
@@ -76,7 +76,7 @@ def test_photos__last_fifth_is_held_out(claim: ModuleType, tmp_path: Path) -> No
     assert claim.pictures_of(config, argparse.Namespace(coco=None, pictures=50)) == (50, [])
 
 
-def test_a_finished_training_is_not_repeated(claim: ModuleType, tmp_path: Path) -> None:
+def test_claim__a_finished_training_is_not_repeated(claim: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "random_0.1_0.json").write_text('{"curve": [{"step": 1}]}', "utf-8")
     assert claim.fine_tune("random", None, 0.1, 0, SimpleNamespace(out=tmp_path)) == {"curve": [{"step": 1}]}

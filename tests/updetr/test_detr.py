@@ -24,7 +24,7 @@ from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr.build import build_detr
 from ovd.modeling.detr.checkpoints import init_detr, read_initial_weights, refuse_other_attention
-from ovd.modeling.detr.matcher import Assignment, hungarian_match
+from ovd.modeling.detr.matcher import QueryAssignment, hungarian_match
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.detr.structures import DecoderOutput, Targets
 from ovd.modeling.export import DetectorCard, save_detector
@@ -117,7 +117,7 @@ def test_losses__weighted_cross_entropy_is_detrs() -> None:
     model = make("detr", variant="closed", loss={"object": 1.0, "object_kind": "weighted"}).train()
     assert model.class_embed is not None
     out, targets = crafted(layers=1)
-    assignment = Assignment(*torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [4, 1, 0, 5], [0, 1, 2, 0]]))
+    assignment = QueryAssignment(*torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1], [4, 1, 0, 5], [0, 1, 2, 0]]))
     logits = model.class_embed(out.states[0])
     label = torch.full((2, 6), C)
     label[0, 4], label[0, 1], label[0, 0], label[1, 5] = 1, 2, 0, 3

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ovd.config_detr import PatchConfig
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
 from ovd.modeling.boxes import box_xyxy_to_cxcywh
@@ -41,16 +42,14 @@ class Pictures:
         return -1
 
 
-def source(**changes: Any) -> PatchSource:
-    given: dict[str, Any] = {
-        "images": Pictures(),
-        "transform": TrainingTransform(short_side=60, long_side=200, flip=0.0),
-        "seed": 7,
-        "count": 6,
-        "size": 16,
-        "variants": 3,
-    }
-    return PatchSource(**{**given, **changes})
+def source(*, images: Pictures | None = None, seed: int = 7, crop_scales: Any = (1.0,), **changes: Any) -> PatchSource:
+    return PatchSource(
+        images=images or Pictures(),
+        transform=TrainingTransform(short_side=60, long_side=200, flip=0.0),
+        seed=seed,
+        config=PatchConfig(**{"count": 6, "size": 16, "variants": 3, **changes}),
+        crop_scales=crop_scales,
+    )
 
 
 def task(

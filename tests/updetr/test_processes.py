@@ -72,7 +72,7 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_transformer_of_one(tmp_path: Path) -> None:
+def test_two_processes__train_the_transformer_of_one(tmp_path: Path) -> None:
     for kind in KINDS:
         train(kind, tmp_path / f"{kind}_1")
     launch("both", tmp_path, world=2, module="tests.updetr.test_processes")

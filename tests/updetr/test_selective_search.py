@@ -31,7 +31,7 @@ def test_selective_search__salient_objects_rank_first() -> None:
         assert max(best) > 0.7, thing
 
 
-def test_boxes_lie_in_the_picture_within_scale_and_aspect() -> None:
+def test_selective_search__boxes_lie_in_the_picture_within_scale_and_aspect() -> None:
     for shape in ((160, 240), (50, 300), (17, 17), (400, 30)):
         picture = np.random.default_rng(1).integers(0, 255, (*shape, 3), dtype=np.uint8)
         boxes, _ = likely_boxes(picture, scale=(0.2, 0.6), max_aspect=2.0)
@@ -46,7 +46,7 @@ def test_selective_search__uniform_picture() -> None:
     assert boxes.shape == (len(values), 4) and np.allclose(values, 0)
 
 
-def test_mergers_end_with_the_whole_picture_and_lose_no_pixel() -> None:
+def test_selective_search__merging_ends_with_the_whole_picture_and_loses_no_pixel() -> None:
     picture, _ = scene()
     small = np.ascontiguousarray(picture[::2, ::2])
     segments = _segments(small)

@@ -12,7 +12,7 @@ import torch
 
 from ovd.config import TrainConfig
 from ovd.config_detr import TRAIN_CONFIGS, DetrConfig, DetrTrainConfig
-from ovd.data.features import META, CachedPatches, FeatureCache, Readable, files_of
+from ovd.data.cached_features import META, CachedPatches, FeatureCache, Readable, files_of
 from ovd.modeling.detr.task import DetrTask
 from ovd.modeling.detr.updetr import PatchPretext
 from ovd.modeling.task import DetectionTask

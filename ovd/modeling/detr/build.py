@@ -82,7 +82,7 @@ def init_projections(
         projection_DC: the linear map from the pooled last feature map to the joint space, where embeddings lie there.
 
     Returns:
-        What was done, for the log.
+        what was done, for the log.
     """
     weight = model.input_proj.weight[:, :, 0, 0]
     assert model.input_proj.bias is not None

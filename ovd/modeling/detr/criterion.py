@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ovd.config_detr import DetrLossConfig
 from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
 from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
-from ovd.modeling.detr.matcher import Assignment, box_cost, class_cost, hungarian_match, object_cost
+from ovd.modeling.detr.matcher import QueryAssignment, box_cost, class_cost, hungarian_match, object_cost
 from ovd.modeling.detr.structures import DecoderOutput, Targets
 from ovd.modeling.distillation import squared_distillation
 from pretrain.engine import distributed
@@ -120,7 +120,7 @@ class SetCriterion:
         outputs: DecoderOutput,
         targets: Targets,
         heads: PredictionHeads,
-        assignment: Assignment,
+        assignment: QueryAssignment,
         *,
         num_targets: float,
         valid_NQ: Tensor,
@@ -129,7 +129,7 @@ class SetCriterion:
         predictions = _Predictions.of(outputs, heads, classifier=_text_classifier(targets, heads))
         return self._losses(predictions, targets, assignment, num_targets=num_targets, valid_NQ=valid_NQ)
 
-    def _match(self, predictions: _Predictions, targets: Targets, query_group_Q: Tensor | None) -> Assignment:
+    def _match(self, predictions: _Predictions, targets: Targets, query_group_Q: Tensor | None) -> QueryAssignment:
         w = self.weights
         cost = box_cost(predictions.boxes, targets.boxes, l1=w.l1, giou=w.giou)
         if predictions.objects is not None:
@@ -147,7 +147,7 @@ class SetCriterion:
         self,
         predictions: _Predictions,
         targets: Targets,
-        assignment: Assignment,
+        assignment: QueryAssignment,
         *,
         num_targets: float,
         valid_NQ: Tensor | None,
@@ -182,7 +182,7 @@ class SetCriterion:
         return losses
 
     def _patch_losses(
-        self, z_KD: Tensor, targets: Targets, embeddings_NTD: Tensor, assignment: Assignment, num_targets: float
+        self, z_KD: Tensor, targets: Targets, embeddings_NTD: Tensor, assignment: QueryAssignment, num_targets: float
     ) -> dict[str, Tensor]:
         """UP-DETR's reconstruction of the patch's embedding, and a softmax over the patches of its picture."""
         w, losses = self.weights, {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.conditioning import ConditionEncoder
 from ovd.modeling.detr.criterion import PredictionHeads, SetCriterion
-from ovd.modeling.detr.matcher import Assignment
+from ovd.modeling.detr.matcher import QueryAssignment
 from ovd.modeling.detr.structures import DecoderOutput, Targets
 
 
@@ -100,14 +100,14 @@ class Denoising:
         return {f"{name}_dn": value for name, value in losses.items()}
 
 
-def denoising_assignment(targets: Targets, *, size: int, layers: int) -> tuple[Assignment, Tensor]:
+def denoising_assignment(targets: Targets, *, size: int, layers: int) -> tuple[QueryAssignment, Tensor]:
     """Each denoising query with the target it was copied from, in every layer; and (N, P) bool, False for padding."""
     target = torch.arange(size, device=targets.boxes.device) % max(targets.counts)
     valid_NP = targets.valid[:, target]
     image, query = valid_NP.nonzero().unbind(1)
     layer = torch.arange(layers, device=target.device).repeat_interleave(len(image))
     image, query = image.repeat(layers), query.repeat(layers)
-    return Assignment(layer, image, query, target[query]), valid_NP
+    return QueryAssignment(layer, image, query, target[query]), valid_NP
 
 
 def apply_box_noise(boxes: Tensor, scale: float) -> Tensor:

@@ -22,7 +22,7 @@ from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
 NOT_FINITE = 1e6  # replaces such a cost: the assignment succeeds, and the loss shows the fault
 
 
-class Assignment(NamedTuple):
+class QueryAssignment(NamedTuple):
     """K matched pairs as four (K,) int64 columns, sorted by layer, image and target within each group."""
 
     layer: Tensor
@@ -65,7 +65,7 @@ def hungarian_match(
     *,
     query_group_Q: Tensor | None = None,
     target_group_NT: Tensor | None = None,
-) -> Assignment:
+) -> QueryAssignment:
     """Assign each target a query at minimum total cost, in each layer and image; one transfer to the CPU in all.
 
     Args:
@@ -74,7 +74,7 @@ def hungarian_match(
         query_group_Q, target_group_NT: int64 group numbers; both or neither.
 
     Returns:
-        The pairs, on the device of the costs; ``min(Q, counts[n])`` per layer and image, or the same within each group.
+        the pairs, on the device of the costs; ``min(Q, counts[n])`` per layer and image, or the same within each group.
     """
     layers, images = cost_LNQT.shape[:2]
     if len(counts) != images:
@@ -115,4 +115,4 @@ def hungarian_match(
                     columns.append((layer, image, query, int(targets[t])))
     columns.sort(key=lambda c: (c[0], c[1], c[3]))
     table = torch.tensor(columns, dtype=torch.int64).reshape(-1, 4).T.to(device)
-    return Assignment(*table.unbind(0))
+    return QueryAssignment(*table.unbind(0))

@@ -151,7 +151,7 @@ def save_converted(folder: Path, model: NanoDet | PicoDet, *, arch: Arch, source
         sides: of the export, see `ProposalCard`.
 
     Returns:
-        The file of the converted network.
+        the file of the converted network.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{arch}.safetensors"

@@ -24,7 +24,7 @@ from ovd.modeling.region_head import RegionHead, conv_fc_head, last_stage_head
 from ovd.modeling.vild.detail_map import DetailBoxHead, DetailMap
 from ovd.modeling.vild.mask_head import MaskHead
 from ovd.modeling.vild.meta_arch import OpenVocabularyRCNN
-from ovd.modeling.vild.roi_heads import DetailBranch, OpenVocabularyHeads
+from ovd.modeling.vild.roi_heads import DetailBranch, MaskBranch, OpenVocabularyHeads
 from ovd.modeling.vild.sampling import SeededRPN
 from pretrain.engine.errors import UserError
 
@@ -126,7 +126,13 @@ def build_heads(
         region_head = build_region_head(config, in_channels=maps[box_features[0]].channels, embed_dim=dim)
     if variant == "ensemble":
         image_head = build_region_head(config, in_channels=maps[box_features[0]].channels, embed_dim=embed_dim)
-    mask_head = build_mask_head(head, in_channels=maps[mask_features[0]].channels) if head.mask else None
+    mask = None
+    if head.mask:
+        mask = MaskBranch(
+            in_features=mask_features,
+            pooler=build_pooler(mask_features, maps=maps, resolution=head.mask_resolution),
+            head=build_mask_head(head, in_channels=maps[mask_features[0]].channels),
+        )
     detail_branch = None
     if detail is not None:
         resolution = head.detail_resolution
@@ -142,12 +148,9 @@ def build_heads(
         image_head=image_head,
         box_in_features=box_features,
         box_pooler=build_pooler(box_features, maps=maps, resolution=head.resolution),
-        mask_in_features=mask_features,
-        mask_pooler=build_pooler(mask_features, maps=maps, resolution=head.mask_resolution) if head.mask else None,
-        mask_head=mask_head,
+        mask=mask,
         distill_weight=head.distill_weight,
         detail=detail_branch,
-        num_classes=classifier.num_classes if classifier is not None else 1,
         batch_size_per_image=head.batch_per_image,
         positive_fraction=head.positive_fraction,
         proposal_matcher=Matcher([0.5], [0, 1], allow_low_quality_matches=False),

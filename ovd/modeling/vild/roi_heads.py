@@ -54,6 +54,14 @@ class DetailBranch(NamedTuple):
     head: DetailBoxHead
 
 
+class MaskBranch(NamedTuple):
+    """Which maps masks are pooled from, and the head that draws them."""
+
+    in_features: list[str]
+    pooler: ROIPooler
+    head: MaskHead
+
+
 def _to_stored_names(module: nn.Module, state: dict[str, Tensor], prefix: str, *hook_args: object) -> None:
     """Give the region heads their stored names in a state dict."""
     _rename(state, {f"{prefix}{name}.": f"{prefix}{stored}." for name, stored in STORED_NAMES.items()})
@@ -96,18 +104,15 @@ class OpenVocabularyHeads(SeededROIHeads):
         image_head: RegionHead | None,
         box_in_features: list[str],
         box_pooler: ROIPooler,
-        mask_in_features: list[str],
-        mask_pooler: ROIPooler | None,
-        mask_head: MaskHead | None,
+        mask: MaskBranch | None,
         distill_weight: float,
-        num_classes: int,
         batch_size_per_image: int,
         positive_fraction: float,
         proposal_matcher: Matcher,
         detail: DetailBranch | None = None,
     ) -> None:
         super().__init__(
-            num_classes=num_classes,
+            num_classes=1 if classifier is None else classifier.num_classes,
             batch_size_per_image=batch_size_per_image,
             positive_fraction=positive_fraction,
             proposal_matcher=proposal_matcher,
@@ -123,7 +128,9 @@ class OpenVocabularyHeads(SeededROIHeads):
         self.region_head = region_head
         self.image_head = image_head
         self.box_in_features, self.box_pooler = box_in_features, box_pooler
-        self.mask_in_features, self.mask_pooler, self.mask_head = mask_in_features, mask_pooler, mask_head
+        self.mask_in_features = [] if mask is None else mask.in_features
+        self.mask_pooler = None if mask is None else mask.pooler
+        self.mask_head = None if mask is None else mask.head
         self.detail = None if detail is None else detail.map
         self.detail_pooler = None if detail is None else detail.pooler
         self.detail_head = None if detail is None else detail.head
@@ -257,20 +264,18 @@ class OpenVocabularyHeads(SeededROIHeads):
         return loss / max(len(labels), 1)  # normalised by all sampled regions, as Fast R-CNN does
 
     def _mask_loss(self, features: dict[str, Tensor], sampled: list[Instances]) -> Tensor:
-        assert self.mask_head is not None and self.mask_pooler is not None
         foreground, _ = select_foreground_proposals(sampled, self.num_classes)
-        boxes = [p.proposal_boxes for p in foreground]
         # Also without any: the other processes' synchronised norms wait for this one's.
-        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
-        return mask_rcnn_loss(self.mask_head.layers(pooled), foreground)
+        return mask_rcnn_loss(self._mask_logits(features, [p.proposal_boxes for p in foreground]), foreground)
+
+    def _mask_logits(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+        assert self.mask_head is not None and self.mask_pooler is not None
+        return self.mask_head.layers(self.mask_pooler([features[name] for name in self.mask_in_features], boxes))
 
     @torch.no_grad()
     def masks(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor | None:
         """(R, M, M) mask probabilities inside each box, or None without a mask head."""
-        if self.mask_head is None or self.mask_pooler is None:
-            return None
-        pooled = self.mask_pooler([features[name] for name in self.mask_in_features], boxes)
-        return self.mask_head.layers(pooled)[:, 0].float().sigmoid()
+        return None if self.mask_head is None else self._mask_logits(features, boxes)[:, 0].float().sigmoid()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("OpenVocabularyRCNN calls losses(), outputs() and masks()")

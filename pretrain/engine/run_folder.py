@@ -55,19 +55,19 @@ def find_start(
     """Decide where a run in ``out`` starts, without writing anything.
 
     Args:
-        out: The folder.
-        record: Configuration of this run.
-        free_keys: Dotted keys that may differ from the recorded configuration.
-        at_default: Dotted keys that the recorded configuration may lack.
-        resume: Whether to continue a run that is there.
-        overwrite: Whether to replace a run that is there.
-        warn: Called for what was skipped.
+        out: the folder.
+        record: configuration of this run.
+        free_keys: dotted keys that may differ from the recorded configuration.
+        at_default: dotted keys that the recorded configuration may lack.
+        resume: whether to continue a run that is there.
+        overwrite: whether to replace a run that is there.
+        warn: called for what was skipped.
 
     Returns:
-        The checkpoint to continue from; ``None`` to begin.
+        the checkpoint to continue from; ``None`` to begin.
 
     Raises:
-        UserError: If the folder is in use, the config differs in what is trained, or no checkpoint is readable.
+        UserError: if the folder is in use, the config differs in what is trained, or no checkpoint is readable.
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite contradict each other; give one of them")
@@ -96,7 +96,7 @@ def refuse_other_inputs(latest: checkpoint.Checkpoint, inputs: Mapping[str, int 
     """Refuse to resume with other samples or frozen weights than the run began with.
 
     Returns:
-        Warnings: large data whose files were changed or copied, of which a sample is the same.
+        warnings: large data whose files were changed or copied, of which a sample is the same.
 
     Raises:
         UserError: what is another one, by name. Checkpoints of older versions, which do not say, are taken.
@@ -175,7 +175,7 @@ def locked(out: Path) -> Iterator[str | None]:
     """Hold the lock of a run folder, which process 0 takes. Yields `FolderLock.note`.
 
     Raises:
-        UserError: In every process, when another training writes there.
+        UserError: in every process, when another training writes there.
     """
     lock = FolderLock(out)
     refusal = distributed.all_objects(lock.take() if distributed.rank() == 0 else None)[0]

@@ -135,7 +135,7 @@ def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
         settings: of a data section, as JSON.
 
     Returns:
-        A digest per setting that is a path: of a file's content; of the names, sizes and times of change in a folder.
+        a digest per setting that is a path: of a file's content; of the names, sizes and times of change in a folder.
     """
     digests = {}
     for name, value in settings.items():

@@ -21,13 +21,13 @@ def refuse_too_wide(method: type[SelfSupervised[Any]], config: SslMethod, width:
     """Refuse heads, a queue or a correlation matrix (Barlow Twins) that exceed the memory.
 
     Args:
-        method: The method.
-        config: Its section.
-        width: Of the backbone's features.
-        device: Whose memory it is.
+        method: the method.
+        config: its section.
+        width: of the backbone's features.
+        device: whose memory it is.
 
     Raises:
-        UserError: More than there is.
+        UserError: more than there is.
     """
     with torch.device("meta"):
         memory = method.head_memory(config, width)

@@ -14,18 +14,18 @@ import torch
 
 from ovd.config import TrainConfig
 from pretrain.config import PretrainConfig
-from pretrain.engine import folder
+from pretrain.engine import run_folder
 from pretrain.engine.checkpoint import load_weights, newest
 from pretrain.engine.config import changed_keys, keys_at_default, load_config, plain
 from pretrain.engine.errors import ConfigError, UserError
-from pretrain.engine.folder import FolderLock, exported_folder, find_start, prepare
+from pretrain.engine.run_folder import FolderLock, exported_folder, find_start, prepare
 from tests.engine.processes import REPOSITORY
 from tests.engine.toy import Mean, Numbers, train
 
 HOLDER = """
 import sys
 from pathlib import Path
-from pretrain.engine.folder import FolderLock
+from pretrain.engine.run_folder import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 assert lock.take() is None
 print("held", flush=True)
@@ -33,7 +33,7 @@ sys.stdin.read()
 """
 
 
-def test_a_second_training_of_one_folder_is_refused_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
+def test_lock__refuses_a_second_training_and_a_dead_one_does_not_block(tmp_path: Path) -> None:
     train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
@@ -48,20 +48,20 @@ def test_a_second_training_of_one_folder_is_refused_and_a_dead_one_does_not_bloc
     assert train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, resume=True).step == 4
 
 
-def test_a_lock_ends_with_its_run(tmp_path: Path) -> None:
+def test_lock__ends_with_its_run(tmp_path: Path) -> None:
     train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=2, warmup_steps=0)
     code = HOLDER.replace("sys.stdin.read()", "")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.stdout == "held\n", done.stderr
 
 
-def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
+def test_run_folder__that_cannot_be_made_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refusal = FolderLock(tmp_path / "file" / "run").take()
     assert refusal is not None and "choose another folder for out" in refusal
 
 
-def test_overwriting_removes_the_old_export_and_resuming_keeps_it(tmp_path: Path) -> None:
+def test_overwrite__removes_the_old_export_and_resuming_keeps_it(tmp_path: Path) -> None:
     train(Mean(), tmp_path, Numbers(dtype=torch.float64), steps=4, save_every=2)
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported" / "model.safetensors").write_bytes(b"old")
@@ -73,7 +73,7 @@ def test_overwriting_removes_the_old_export_and_resuming_keeps_it(tmp_path: Path
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_an_export_is_whole_or_not_there_and_no_other_training_writes_beside_it(tmp_path: Path) -> None:
+def test_export__is_whole_or_absent_and_no_other_training_writes_beside_it(tmp_path: Path) -> None:
     (tmp_path / ".exported.0123.new").mkdir()  # of one that was killed
     for error in (KeyboardInterrupt, UserError):
         with pytest.raises(error), exported_folder(tmp_path) as exporting:
@@ -95,7 +95,7 @@ def test_an_export_is_whole_or_not_there_and_no_other_training_writes_beside_it(
 @pytest.mark.parametrize(
     ("model", "name"), [(TrainConfig, "vild.yaml"), (PretrainConfig, "pretrain/clip.yaml")], ids=["ovd", "pretrain"]
 )
-def test_the_recorded_config_is_read_back_to_the_same_configuration(tmp_path: Path, model: type, name: str) -> None:
+def test_recorded_config__is_read_back_to_the_same_configuration(tmp_path: Path, model: type, name: str) -> None:
     config = load_config(model, REPOSITORY / "configs" / name)
     prepare(tmp_path, plain(config), device=torch.device("cpu"), overwrite=False)
     assert load_config(model, tmp_path / "config.yaml") == config
@@ -104,7 +104,7 @@ def test_the_recorded_config_is_read_back_to_the_same_configuration(tmp_path: Pa
 @pytest.mark.parametrize(
     ("model", "name"), [(TrainConfig, "vild.yaml"), (PretrainConfig, "pretrain/clip.yaml")], ids=["ovd", "pretrain"]
 )
-def test_a_warm_up_longer_than_the_run_is_refused(model: type, name: str) -> None:
+def test_warm_up__longer_than_the_run_is_refused(model: type, name: str) -> None:
     path = REPOSITORY / "configs" / name
     with pytest.raises(ConfigError, match="optim.warmup_steps 7 must be less than loop.steps 7"):
         load_config(model, path, ["loop.steps=7", "optim.warmup_steps=7"])
@@ -136,25 +136,25 @@ def test_resume__clip_run_older_than_chunk() -> None:
 
 
 @pytest.mark.parametrize("aliases", ['{"b": "absent"}', "[1]", "{", '{"b": ["a"]}'])
-def test_alias_metadata_that_makes_no_sense_is_a_user_error(tmp_path: Path, aliases: str) -> None:
+def test_aliases__senseless_metadata_is_a_user_error(tmp_path: Path, aliases: str) -> None:
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={"aliases": aliases})
     with pytest.raises(UserError, match=r"w\.safetensors: its metadata 'aliases' is not a table of names"):
         load_weights(path)
 
 
-def test_a_training_that_ended_while_another_began_is_not_overwritten(
+def test_overwrite__a_training_that_ended_while_another_began_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder is looked at again when it is locked: the second training saw an empty one."""
 
     def late(out: Path) -> AbstractContextManager[str | None]:
-        monkeypatch.setattr(folder, "locked", locked)
+        monkeypatch.setattr(run_folder, "locked", locked)
         train(Mean(), tmp_path / "run", Numbers(dtype=torch.float64), steps=4)
         return locked(out)
 
-    locked = folder.locked
-    monkeypatch.setattr(folder, "locked", late)
+    locked = run_folder.locked
+    monkeypatch.setattr(run_folder, "locked", late)
     with pytest.raises(UserError, match="is not empty; give --resume"):
         train(Mean(), tmp_path / "run", Numbers(dtype=torch.float64), steps=2)
     latest = newest(tmp_path / "run/checkpoints", warn=print)
