@@ -25,7 +25,7 @@ from typing import Any
 from ovd.plain_yaml import read_plain_yaml
 from ovd.words import MINUS, cleaned, listed, with_plain_separators
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import parse_json, write_atomically
 
 MAX_CLASSES = 10_000
 MAX_NAME = 100
@@ -323,7 +323,7 @@ class Vocabulary:
         try:
             if source.suffix.lower() not in (".json", ".yaml", ".yml"):
                 return cls.parse(text, templates=templates)
-            record = json.loads(text) if source.suffix.lower() == ".json" else read_plain_yaml(text)
+            record = parse_json(text) if source.suffix.lower() == ".json" else read_plain_yaml(text)
             names = listed(record, where="the file") if not _is_record(record) else None
             if names is not None:
                 classes, notices = _merge([(name, []) for name in names])
@@ -378,7 +378,7 @@ def _json_list(text: str) -> list[str] | None:
     if text.strip()[:1] + text.strip()[-1:] not in ("[]", "{}"):
         return None
     try:
-        names = listed(json.loads(text), where="class names")
+        names = listed(parse_json(text), where="class names")
     except (ValueError, RecursionError) as problem:
         raise UserError(
             f'class names in brackets must be a JSON list like ["dog", "cat"] ({problem}); or leave the brackets out: '
