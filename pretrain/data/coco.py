@@ -366,7 +366,7 @@ def _annotation(
         raise UserError(f"{entry}: iscrowd must be 0 or 1, is {crowd!r}.")
     odd["ignore"] += bool(a.get("ignore", 0)) and not crowd
     attributes = a.get("attributes")
-    turn = attributes.get("rotation") if isinstance(attributes, dict) else None
+    turn: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
     odd["turned"] += is_number(turn) and turn % 360 != 0
     one = Annotation(id=n + 1, image_id=image_id, category_id=category_id, bbox=box, area=0.0, iscrowd=int(crowd))
     if a.get("segmentation"):
