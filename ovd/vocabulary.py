@@ -8,6 +8,7 @@ Grammar of the text form (the page, ``--classes``, a text file)::
     -poster                    a minus gives a negative word: regions that look like it are not shown
 
 Commas, semicolons, colons and minus signs of other scripts (``，`` ``、`` ``；`` ``：`` ``－``) are read as these.
+Bullets and numbers in front of the lines of a list are left out, and so are lines that begin with ``# `` or ``// ``.
 In list form each item is one class and follows the same rules, except that a comma in front of the colon is part of the
 name. Names are compared case-insensitively; a repeated name is merged and leaves a notice.
 """
@@ -23,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from ovd.plain_yaml import read_plain_yaml
-from ovd.words import MINUS, cleaned, listed, with_plain_separators
+from ovd.words import MINUS, cleaned, listed, listed_lines, notices_of_groups, table_of, with_plain_separators
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import write_atomically
+from pretrain.engine.files import parse_json, write_atomically
 
 MAX_CLASSES = 10_000
 MAX_NAME = 100
@@ -249,16 +250,16 @@ class Vocabulary:
         if isinstance(text, Mapping):
             raise UserError('classes are a list, not a dict; synonyms follow a colon: ["mug: cup, coffee mug", "dog"]')
         if isinstance(text, str):
-            entries = _split_text(text)
+            entries, found = _split_text(text)
         else:
-            entries = []
+            entries, found = [], []
             for item in text:
                 if not isinstance(item, str):
                     raise UserError(f"class names must be strings, not {type(item).__name__}")
                 head, colon, tail = with_plain_separators(item).partition(":")
                 entries.append((head, _split_synonyms(item, tail) if colon else []))
         classes, notices = _merge(entries)
-        return cls(tuple(classes), tuple(templates), this_is, parity, tuple(notices), alone)
+        return cls(tuple(classes), tuple(templates), this_is, parity, (*found, *notices), alone)
 
     @property
     def positives(self) -> tuple[VocabularyClass, ...]:
@@ -322,8 +323,11 @@ class Vocabulary:
             raise UserError(f"{source}: the vocabulary file is not UTF-8 text") from problem
         try:
             if source.suffix.lower() not in (".json", ".yaml", ".yml"):
+                kind = table_of(text) if source.suffix.lower() in (".csv", ".tsv", ".pbtxt") else None
+                if kind is not None:
+                    raise UserError(f"is {kind}, whose columns are no classes; give a text with one name a line")
                 return cls.parse(text, templates=templates)
-            record = json.loads(text) if source.suffix.lower() == ".json" else read_plain_yaml(text)
+            record = parse_json(text) if source.suffix.lower() == ".json" else read_plain_yaml(text)
             names = listed(record, where="the file") if not _is_record(record) else None
             if names is not None:
                 classes, notices = _merge([(name, []) for name in names])
@@ -378,7 +382,7 @@ def _json_list(text: str) -> list[str] | None:
     if text.strip()[:1] + text.strip()[-1:] not in ("[]", "{}"):
         return None
     try:
-        names = listed(json.loads(text), where="class names")
+        names = listed(parse_json(text), where="class names")
     except (ValueError, RecursionError) as problem:
         raise UserError(
             f'class names in brackets must be a JSON list like ["dog", "cat"] ({problem}); or leave the brackets out: '
@@ -389,15 +393,18 @@ def _json_list(text: str) -> list[str] | None:
     return names
 
 
-def _split_text(text: str) -> list[tuple[str, list[str]]]:
+def _split_text(text: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Names with their synonyms as typed, and notices of what was left out."""
     entries: list[tuple[str, list[str]]] = []
-    for line in with_plain_separators(text).splitlines():
+    lines, notices = listed_lines(with_plain_separators(text))
+    for line in lines:
         for part in line.split(";"):
             head, colon, tail = part.partition(":")
             names = head.split(",")
             entries.extend((name, []) for name in names[:-1] if name and not name.isspace())
             entries.append((names[-1], _split_synonyms(part, tail) if colon else []))
-    return entries
+    phrases = (phrase for name, synonyms in entries for phrase in (name, *synonyms))
+    return entries, [*notices, *notices_of_groups(phrases)]
 
 
 def _merge(entries: Iterable[tuple[str, list[str]]]) -> tuple[list[VocabularyClass], list[str]]:

@@ -11,14 +11,15 @@ import math
 import re
 import string
 import unicodedata
+from collections.abc import Iterable
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, shorten
 
 # What keyboards of other scripts type for comma, semicolon, colon and minus; and the presentation forms of these.
-COMMAS = ",，、،﹐︐﹑︑፣﹑､"
-SEMICOLONS = ";；؛﹔︔፤"
-COLONS = ":：﹕︓∶፡"
-MINUS = "-−–—－﹣‐‑"
+COMMAS = ",，、،﹐︐﹑︑፣､՝߸᠂᠈⸲⸴⹁⹉⹌꓾꘍꛵"
+SEMICOLONS = ";；؛﹔︔፤⁏⸵꛶"
+COLONS = ":：﹕︓∶፡꞉"
+MINUS = "-−–—－﹣‐‑‒―➖"
 _SEPARATORS = str.maketrans(
     {**dict.fromkeys(COMMAS, ","), **dict.fromkeys(SEMICOLONS, ";"), **dict.fromkeys(COLONS, ":")}
 )
@@ -36,6 +37,53 @@ _EMOJI_KINDS = ("So", "Sk")
 
 # Letters and digits as wide as a Chinese character, as keyboards of East Asia type them.
 _FULL_WIDTH = {0xFEE0 + ord(c): c for c in string.ascii_letters + string.digits}
+
+
+_BULLET = re.compile(r"\s*[•‣⁃▪▫●○◦∙·*+]\s+")
+_NUMBER_IN_A_LIST = re.compile(r"\s*[0-9]{1,5}[.):]\s+")
+_COMMENT = re.compile(r"\s*(#|//)\s")
+_SEVERAL = re.compile(r"\S\t+\S|[。｡]\s*\S|\s[|.]\s|\.\s.*\.$")  # as spreadsheets, Chinese and other detectors separate
+
+
+def listed_lines(text: str) -> tuple[list[str], list[str]]:
+    """The lines of a list without the bullets or numbers in front of them and without comments; notices of these."""
+    lines = text.splitlines()
+    comments = [line.strip() for line in lines if _COMMENT.match(line)]
+    lines = [
+        _BULLET.sub("", line, count=1) if _BULLET.match(line) else line for line in lines if not _COMMENT.match(line)
+    ]
+    written = [line for line in lines if line.strip()]
+    if len(written) > 1 and all(map(_NUMBER_IN_A_LIST.match, written)):
+        lines = [_NUMBER_IN_A_LIST.sub("", line, count=1) for line in lines]
+    return lines, [f"Left out as comments: {', '.join(map(repr, comments[:3]))}"] if comments else []
+
+
+def notices_of_groups(names: Iterable[str]) -> list[str]:
+    """A notice of typed names that may be meant as several, or as parts of a group: brackets and quotes make none."""
+    doubtful = [name.strip() for name in names if _looks_grouped(name)]
+    if not doubtful:
+        return []
+    more = f" and {len(doubtful) - 1} more" if len(doubtful) > 1 else ""
+    return [
+        f"Searched as one name: {shorten(repr(doubtful[0]))}{more}. Commas and lines separate names, brackets and "
+        "quotes do not group them"
+    ]
+
+
+def _looks_grouped(name: str) -> bool:
+    pairs = (("(", ")"), ("[", "]"), ("{", "}"), ("“", "”"), ("«", "»"))
+    alone = any(name.count(opening) != name.count(closing) for opening, closing in pairs)
+    return alone or name.count('"') % 2 == 1 or _SEVERAL.search(name) is not None
+
+
+def table_of(text: str) -> str | None:
+    """What a text is, if not names: a table of several columns, or a label map; None for names."""
+    rows = [row for row in text.splitlines() if row.strip()]
+    if any(row.split() == ["item", "{"] for row in rows):
+        return "a label map of TensorFlow"
+    if len(rows) > 1 and any(all(separator in row for row in rows) for separator in (",", ";", "\t")):
+        return "a table"
+    return None
 
 
 def with_plain_separators(text: str) -> str:

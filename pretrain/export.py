@@ -17,6 +17,7 @@ status 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import EXPORTED, write_atomically
+from pretrain.engine.files import EXPORTED, alone_in, whole_folder, write_atomically
 from pretrain.nets.same_function import real_pictures, require_same, require_same_function
 
 if TYPE_CHECKING:
@@ -378,11 +379,7 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
-def main(argv: Sequence[str]) -> int:
-    """Entry point; returns the exit status."""
-    options = parser().parse_args(argv)
-    if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-        raise UserError(f"--out {options.out}: exists and is not empty; give a new folder")
+def _export(options: argparse.Namespace, out: Path) -> ExportSettings:
     pictures = real_pictures(options.pictures)
     if options.to == "open_clip":
         from pretrain.nets.encoders import read_encoder
@@ -390,15 +387,31 @@ def main(argv: Sequence[str]) -> int:
         named = options.source.startswith("open_clip:")
         encoder, report = read_encoder(options.source if named else _handed_over(options.source))
         print(report)
-        settings = export_open_clip(encoder, out=options.out, pictures=pictures)
-    else:
-        if options.source.startswith("open_clip:"):
-            raise UserError(
-                f"{options.source}: open_clip's image towers are not torchvision ResNets; use --to open_clip"
-            )
-        source = read_source(options.source, stem=options.stem)
-        print(source.report)
-        settings = export(source, to=options.to, out=options.out, pictures=pictures)
+        return export_open_clip(encoder, out=out, pictures=pictures)
+    if options.source.startswith("open_clip:"):
+        raise UserError(f"{options.source}: open_clip's image towers are not torchvision ResNets; use --to open_clip")
+    source = read_source(options.source, stem=options.stem)
+    print(source.report)
+    return export(source, to=options.to, out=out, pictures=pictures)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point; returns the exit status."""
+    options = parser().parse_args(argv)
+    new = not options.out.exists()
+    try:
+        if not new and not options.out.is_dir():
+            raise UserError(f"--out {options.out}: is a file; give a new folder")
+        with alone_in(options.out):
+            if any(options.out.iterdir()):
+                raise UserError(f"--out {options.out}: exists and is not empty; give a new folder")
+            with whole_folder(options.out) as folder:
+                settings = _export(options, folder)
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                options.out.rmdir()
+        raise
     print(f"written to {options.out}; largest relative feature difference {settings['largest_difference']:.1e}")
     return 0
 

@@ -36,7 +36,7 @@ from ovd.examples import Crop
 from ovd.inference.everything import EVERYTHING, is_everything, nearest_words
 from ovd.inference.region_model import PatchLocator
 from ovd.inference.regions import picture_key
-from ovd.pictures import to_rgb
+from ovd.pictures import frame_count, to_rgb
 from ovd.query import Query
 from ovd.vocabulary import Vocabulary
 from pretrain.data.folder import PAGE_PIXELS
@@ -156,6 +156,7 @@ class Answerer:
             answered = self._on(self._model, self._run, detector, pixels, query, lowest)
             result = self._described(detector, answered, query, default=default, floor=floor)
             result["example"] = self._example(Path(image))
+            result["notices"] += _frames_notice(Path(image))
             result["ms"]["read"] = _ms(read - start)
             if preview:
                 result["preview"] = self._preview(answered.key, pixels)
@@ -336,6 +337,15 @@ def decode_examples(rows: Any) -> list[tuple[str, Crop]] | None:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
+
+
+def _frames_notice(path: Path) -> list[str]:
+    """What to say of an animation or a file of several pages."""
+    try:
+        count = frame_count(path)
+    except BadImageError:  # removed meanwhile
+        return []
+    return [f"The file has {count} frames or pages; the first was searched"] if count > 1 else []
 
 
 def _read(path: Path) -> NDArray[np.uint8]:

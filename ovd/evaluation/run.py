@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pretrain.data.scenes import ObjectEntry, SceneEntry, SceneSource
 
 Predict = Callable[[NDArray[np.uint8], ImageId], list[CocoResult]]
+QUOTED = 10  # faults in a message
 OnImage = Callable[[int, int], None]
 
 
@@ -80,14 +81,25 @@ def _run(
 ) -> tuple[list[CocoResult] | None, list[CocoResult] | None]:
     results: list[CocoResult] = []
     proposals: list[CocoResult] = []
+    faults: list[str] = []
     for index, image_id in enumerate(pictures.ids):
-        image = pictures.image(index)
+        try:
+            image = pictures.image(index)
+        except UserError as problem:
+            faults.append(str(problem))
+        if faults:  # the others are read all the same: one message names all that have to be repaired
+            continue
         if predict is not None:
             results += predict(image, image_id)
         if propose is not None:
             proposals += propose(image, image_id)
         if on_image is not None:
             on_image(index + 1, len(pictures))
+    if len(faults) > 1:
+        more = [f"and {len(faults) - QUOTED} more"] if len(faults) > QUOTED else []
+        raise UserError("\n  ".join([f"{len(faults)} pictures cannot be evaluated:", *faults[:QUOTED], *more]))
+    if faults:
+        raise UserError(faults[0])
     return None if predict is None else results, None if propose is None else proposals
 
 

@@ -2,7 +2,7 @@
 """Pascal VOC's labels, read: an XML file a picture, in ``Annotations/`` or beside it (LabelImg, Roboflow).
 
 Corners count pixels from 1, the last one included, so a box begins half a pixel before its first and ends half a pixel
-after its last: x from ``xmin - 1`` to ``xmax``. Some tools count from 0; where any corner is 0 all are taken so.
+after its last: x from ``xmin - 1`` to ``xmax``. Some tools count from 0; where any corner is below 1 all are taken so.
 ``difficult`` objects, which VOC's evaluation passes over, become crowds, which COCO's passes over.
 """
 
@@ -41,6 +41,12 @@ class Element:
                 next((child for child in element.children if child.tag == tag), None) if element is not None else None
             )
         return element
+
+    def all(self, path: str) -> list[Element]:
+        """Every element of the last name in ``a/b``, below the first of the others."""
+        above, _, tag = path.rpartition("/")
+        parent = self.find(above)
+        return [] if parent is None else [child for child in parent.children if child.tag == tag]
 
     def value(self, path: str) -> str:
         """Its text; empty where it is missing."""
@@ -142,8 +148,18 @@ def read_voc(path: Path, *, images: Path | None = None, part: str | None = None,
             if one is not None:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **one})
     notes.raise_mistakes()
+    _count_unlabelled(documents, notes)
     content = {"images": pictures, "annotations": annotations, "categories": coco_categories(names)}
     return Labels(content=content, root=folder, kind="voc", where=str(path), notices=notes.notices())
+
+
+def _count_unlabelled(documents: Sequence[_Annotation], notes: Notes) -> None:
+    """Note pictures beside those of the data set that have no XML file."""
+    labelled = {document.picture for document in documents}
+    for folder in sorted({picture.parent for picture in labelled}):
+        for path in _visible_files(folder.iterdir(), folder):
+            if path.suffix.lower() in EXTENSIONS and path not in labelled:
+                notes.odd("pictures have no XML file and are left out", str(path))
 
 
 def xml_files(path: Path) -> list[Path]:
@@ -198,7 +214,14 @@ def _open(file: Path, root: Path, images: Path | None, part: str, notes: Notes) 
     endings = [*EXTENSIONS, *map(str.upper, EXTENSIONS)]
     names = [name for name in (named, *(file.stem + ending for ending in endings)) if name]
     candidates = [folder / name for folder in folders for name in names]
-    picture = next((p for p in candidates if p.is_file()), None)
+    # VOC's own programs go by the file's name; a file that was copied or renamed still names its old picture.
+    own = (p for p in candidates if p.stem == file.stem and os.path.isfile(p))
+    others = (p for p in candidates if p.stem != file.stem and os.path.isfile(p))
+    picture = next(own, None)
+    if picture is None:
+        picture = next(others, None)
+    elif Path(named).stem != file.stem and next(others, None) is not None:
+        notes.odd("XML files name the picture of another one; the picture of their own name is taken", str(file))
     if picture is None:
         notes.mistake(str(file), f"its picture {named or file.stem} is not in {folders[0]} nor beside it")
         return None
@@ -230,7 +253,21 @@ def _objects(root: Element) -> list[Element]:
 
 
 def _counts_from_0(root: Element) -> bool:
-    return any(o.value(f"bndbox/{c}") in ("0", "0.0") for o in _objects(root) for c in ("xmin", "ymin"))
+    return any(_below_1(o.value(f"bndbox/{corner}")) for o in _objects(root) for corner in ("xmin", "ymin"))
+
+
+def _turns(angle: str) -> bool:
+    try:
+        return float(angle) % 360 != 0
+    except ValueError:
+        return False
+
+
+def _below_1(text: str) -> bool:
+    try:
+        return 0 <= float(text) < 1
+    except ValueError:
+        return False
 
 
 def _object(
@@ -242,6 +279,9 @@ def _object(
     if not name:
         notes.mistake(location, "object without a name")
         return None
+    if sum(child.tag == "bndbox" for child in element.children) > 1:
+        notes.mistake(location, f"{name}: more than one bndbox; write an object for each")
+        return None
     box = element.find("bndbox")
     try:
         x1, y1, x2, y2 = (float(element.value(f"bndbox/{corner}")) for corner in CORNERS)
@@ -250,6 +290,8 @@ def _object(
         return None
     if box is not None:
         location = f"{document.path}:{box.line}"
+    if any(a.value("name") == "rotation" and _turns(a.value("value")) for a in element.all("attributes/attribute")):
+        notes.odd("boxes are turned by an angle (CVAT's 'rotation'), which is not read: taken as upright", location)
     height, width = document.size
     x1, y1 = x1 - shift, y1 - shift
     if not all(map(math.isfinite, (x1, y1, x2, y2))) or x2 < x1 or y2 < y1:

@@ -63,6 +63,7 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
     annotations: list[CocoAnnotation] = []
     outlines = Outlines()
     labelled = 0
+    owners: dict[Path, str] = {}
     for number, (belongs, picture) in enumerate(source.pictures, 1):
         if belongs not in requested:
             continue
@@ -78,11 +79,15 @@ def read_yolo(path: Path, *, part: str | None = None, prefer: Sequence[str] = ()
             notes.odd("pictures have no label file: nothing is in them", name)
             continue
         labelled += 1
+        if labels in owners:
+            notes.odd("pictures share a label file with another one", f"{name} and {owners[labels]}: {labels}")
+        owners[labels] = name
         for line in _read_lines(labels, notes):
             one = _object(line, source, (height, width), notes, outlines)
             if one is not None:
                 annotations.append({"id": len(annotations) + 1, "image_id": number, "iscrowd": 0, **one})
     notes.raise_mistakes()
+    _count_ownerless(source.pictures, notes)
     poses_notice = outlines.poses_notice()
     if outlines.are_poses:
         raise UserError(f"{where}: {poses_notice}")
@@ -120,6 +125,22 @@ def _label_candidates(picture: Path) -> list[Path]:
         return [sibling]
     parts[at[-1]] = "labels"
     return [Path(*parts), sibling]
+
+
+def _count_ownerless(pictures: Sequence[tuple[str, Path]], notes: Notes) -> None:
+    """Note label files that no picture has: it was renamed or deleted, or their names are spelt otherwise.
+
+    Only folders called ``labels`` are looked into: beside pictures there are texts of other kinds.
+    """
+    candidates = [(picture, _label_candidates(picture)) for _, picture in pictures]
+    expected = {labels[0] for _, labels in candidates if len(labels) > 1}
+    folders = {labels[0].parent: picture.parent for picture, labels in candidates if len(labels) > 1}
+    for folder, beside in sorted(folders.items()):
+        stems = {path.stem for path in beside.iterdir()}  # of all pictures, those that no part lists among them
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            ours = file.suffix.lower() == ".txt" and not file.name.startswith(".") and file.name != "classes.txt"
+            if ours and file not in expected and (file.stem not in stems or file.suffix != ".txt"):
+                notes.odd("label files belong to no picture: their objects are left out", str(file))
 
 
 def _from_yaml(file: Path) -> _Source:
@@ -273,6 +294,9 @@ def _object(line: _Line, source: _Source, size: tuple[int, int], notes: Notes, o
         return None
     if score is not None and not 0 <= score <= 1:
         notes.mistake(line.location, f"the sixth number, {score}, is not a score from 0 to 1")
+        return None
+    if len(values) == 4 and min(values[2:]) < 0:
+        notes.mistake(line.location, f"the box has a negative width or height ({values[2]:g} × {values[3]:g})")
         return None
     height, width = size
     one: CocoObject = {"category_id": int(index) + 1}

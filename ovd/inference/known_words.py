@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from ovd.inference.everyday import GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
+_MARKS = ' .,;:!?…。！？()[]{}<>«»"“”'
 ARTICLES = frozenset(("a", "an", "the", "some", "my"))
 CACHED_LISTS = 4
 """Lists of classes whose relations are cached: 10,000 words take a second, and every picture needs them."""
@@ -78,7 +79,7 @@ class WordList:
 
         Capitals, plurals, and compounds in one word or in several (*surf board*, *hot-dog*, *firehydrant*) too.
         """
-        forms = singulars(phrase.casefold())
+        forms = singulars(folded(phrase))
         if OTHER_THINGS & set(forms):
             return None
         for form in forms:
@@ -95,9 +96,9 @@ class WordList:
 
     def head_of(self, phrase: str) -> str | None:
         """The head noun of a phrase: *car* of "red car", *plate* of "plate of food"; None if there is none."""
-        words = phrase.casefold().split(" of ")[0].split()
+        words = folded(phrase).split(" of ")[0].split()
         heads = [" ".join(words[start:]) for start in range(len(words))]
-        return next((head for head in heads if head != phrase.casefold() and self.understands(head)), None)
+        return next((head for head in heads if head != folded(phrase) and self.understands(head)), None)
 
     def _understood_part(self, phrase: str) -> str:
         """The phrase, or its head noun if the phrase itself has no meaning."""
@@ -105,7 +106,7 @@ class WordList:
 
     def understands(self, phrase: str) -> bool:
         """Whether the phrase itself has a meaning here."""
-        forms = {phrase.casefold(), *singulars(phrase.casefold())}  # an article may be part of a name
+        forms = {folded(phrase), *singulars(folded(phrase))}  # an article may be part of a name
         return self.meaning_of(phrase) is not None or not forms.isdisjoint(self._named)
 
     @cached_property
@@ -117,12 +118,12 @@ class WordList:
         """Whether a phrase, singular or plural, is one of the words or a synonym of one; not a kind or a group."""
         _, same, number_of = self._columns
         meaning = self.meaning_of(phrase)
-        return meaning in same if meaning is not None else bool(set(singulars(phrase.casefold())) & number_of.keys())
+        return meaning in same if meaning is not None else bool(set(singulars(folded(phrase))) & number_of.keys())
 
     def line_of(self, phrase: str) -> list[str]:
         """The meaning of a phrase, and what it is a kind of; the phrase itself where the lexicon does not have it."""
         phrase = self._understood_part(phrase)
-        forms = singulars(phrase.casefold())
+        forms = singulars(folded(phrase))
         meaning = self.meaning_of(phrase)
         line = [meaning, *self.lexicon.above(meaning)] if meaning is not None else [SYNONYMS.get(forms[-1], forms[-1])]
         for general in (general for form in forms for general in KINDS.get(form, ())):
@@ -132,7 +133,7 @@ class WordList:
 
     def general_of(self, phrase: str) -> str | None:
         """The one of the words that a phrase is a kind of, by age, sex, occupation or build alone; None: none is."""
-        forms = singulars(self._understood_part(phrase).casefold())
+        forms = singulars(folded(self._understood_part(phrase)))
         general = next((INDISTINCT[form] for form in forms if form in INDISTINCT), None)
         return general if general in self._columns[2] else None
 
@@ -143,7 +144,7 @@ class WordList:
 
     def kinds_of(self, phrase: str) -> frozenset[str]:
         """Words that the phrase, singular or plural, is a group of."""
-        return frozenset(word for form in singulars(phrase.casefold()) for word in GROUPS.get(form, ()))
+        return frozenset(word for form in singulars(folded(phrase)) for word in GROUPS.get(form, ()))
 
     @cached_property
     def _cache(self) -> OrderedDict[Phrases, Relations]:
@@ -170,6 +171,11 @@ class WordList:
             if (general := self.general_of(phrase)) is not None:
                 indistinct[row, number_of[general]] = True
         return Relations(same_or_below=same, above=above & ~same, indistinct=indistinct & ~same)
+
+
+def folded(phrase: str) -> str:
+    """A phrase as lists of other programs write it (``Fire_Hydrant``, ``person.``), in small letters and plain."""
+    return " ".join(phrase.replace("_", " ").casefold().split()).strip(_MARKS)
 
 
 def closed_up(phrase: str) -> str:

@@ -127,7 +127,11 @@ def check_ground_truth(gt: Any, *, where: str = "annotations") -> GroundTruth:
         "over": "{} of {total} boxes reach over the border of their image",
         "no_area": "{} annotations without area: taken from the mask, else from the box",
         "ignore": "{} annotations have 'ignore' set without iscrowd: COCO's evaluation counts them all the same",
-        "flat": "{} annotations have area 0 and a box that is larger: COCO's evaluation counts them as small",
+        "flat": "{} annotations have an area below 1 px and a larger box: COCO's evaluation counts them as small",
+        "wide": "{} annotations have an area larger than their box: COCO's evaluation takes their size from it",
+        "turned": "{} boxes are turned by an angle (CVAT's 'rotation'), which is not read: they are taken as upright",
+        "hollow": "{} masks have no area",
+        "astray": "{} masks lie mostly outside of their boxes: points as shares, y before x, or run lengths of rows?",
         "empty": "{} annotations have a box without area",
         "twice": "{} annotations repeat class and box of another one of their image; all of them are counted",
         "lines": "{} polygons of two points are left out of their masks",
@@ -361,9 +365,15 @@ def _annotation(
     if crowd not in (0, 1):
         raise UserError(f"{entry}: iscrowd must be 0 or 1, is {crowd!r}.")
     odd["ignore"] += bool(a.get("ignore", 0)) and not crowd
+    attributes = a.get("attributes")
+    turn: Any = attributes.get("rotation") if isinstance(attributes, dict) else None
+    odd["turned"] += is_number(turn) and turn % 360 != 0
     one = Annotation(id=n + 1, image_id=image_id, category_id=category_id, bbox=box, area=0.0, iscrowd=int(crowd))
     if a.get("segmentation"):
-        odd["lines"] += masks.check_segmentation(a["segmentation"], size, entry)
+        extent = masks.check_segmentation(a["segmentation"], size, entry)
+        odd["lines"] += extent.lines
+        odd["hollow"] += extent.bounds is None
+        odd["astray"] += extent.mostly_outside(box)
         one["segmentation"] = a["segmentation"]
     area = a.get("area")
     if area is None:
@@ -371,7 +381,8 @@ def _annotation(
         area = masks.area(a["segmentation"], size, entry) if "segmentation" in one else box[2] * box[3]
     elif not is_number(area) or area < 0:
         raise UserError(f"{entry}: area must be a number ≥ 0, is {area!r}.")
-    odd["flat"] += area == 0 < box[2] * box[3]
+    odd["flat"] += area < 1 < box[2] * box[3]
+    odd["wide"] += area > 1.1 * box[2] * box[3] + 1
     one["area"] = area
     if (score := a.get("score")) is not None:
         if not is_number(score) or not 0 <= score <= 1:

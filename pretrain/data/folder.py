@@ -8,7 +8,6 @@ import io
 import os
 import sys
 import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from pretrain.data.damage import require_sound_png, require_whole_jpeg, require_whole_webp
 from pretrain.engine.errors import BadImageError, UserError, absent
 
 HAS_AVIF = bool(features.check("avif"))  # Pillow's own packages have it from 11.3 on
@@ -88,8 +88,12 @@ def read_image(
         if max_side is not None and image.format == "JPEG":
             image.draft("RGB", (max_side, max_side))
         if image.format == "PNG":
-            _require_sound_png(file)
+            require_sound_png(file)
+        if image.format == "WEBP":
+            require_whole_webp(file)
         converted = _convert(upright(image), alpha)
+        if image.format in ("JPEG", "MPO"):
+            require_whole_jpeg(file, image)
     if max_side is not None and max(converted.size) > max_side:
         factor = max_side / max(converted.size)
         side = (max(1, round(converted.width * factor)), max(1, round(converted.height * factor)))
@@ -137,28 +141,6 @@ def open_image(
 
 def _name_of(source: str | Path | bytes | BinaryIO) -> str:
     return str(source) if isinstance(source, (str, Path)) else str(getattr(source, "name", "<bytes>"))
-
-
-def _require_sound_png(file: BinaryIO) -> None:
-    """Compare the pixels' checksums, which Pillow does not: half a copied file would give noise instead of an error.
-
-    Raises:
-        SyntaxError: they are damaged; Pillow's own error for the other chunks.
-    """
-    place = file.tell()
-    file.seek(8)
-    while len(head := file.read(8)) == 8 and head[4:] != b"IEND":
-        left, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if kind != b"IDAT":
-            file.seek(left + 4, os.SEEK_CUR)
-            continue
-        checksum = zlib.crc32(kind)
-        while left and (block := file.read(min(left, 1 << 20))):
-            checksum, left = zlib.crc32(block, checksum), left - len(block)
-        stated = file.read(4)
-        if left == 0 and len(stated) == 4 and checksum != int.from_bytes(stated, "big"):
-            raise SyntaxError("its pixels are damaged (their checksum is wrong)")
-    file.seek(place)
 
 
 def pixel_limit() -> int:

@@ -7,7 +7,8 @@ uninitialised memory. So nothing reaches it unchecked.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,32 @@ class Rle(TypedDict):
     counts: bytes
 
 
-def check_segmentation(segmentation: object, size: Size | None, entry: str) -> int:
+class Extent(NamedTuple):
+    """What the check of a segmentation found.
+
+    Attributes:
+        lines: degenerate polygons (two points), which are left out when decoding.
+        bounds: x1, y1, x2, y2 around the mask in pixels; None where it has no area.
+    """
+
+    lines: int
+    bounds: tuple[float, float, float, float] | None
+
+    def mostly_outside(self, box: Sequence[float]) -> bool:
+        """Whether less than half of the bounds lies in a box x, y, width, height, give or take a pixel.
+
+        Objects may be hidden in part, so a mask may well be smaller than its box. Points as shares of the picture, or
+        run lengths that go along rows, are elsewhere.
+        """
+        if self.bounds is None:
+            return False
+        x1, y1, x2, y2 = self.bounds
+        width = min(x2, box[0] + box[2] + 1) - max(x1, box[0] - 1)
+        height = min(y2, box[1] + box[3] + 1) - max(y1, box[1] - 1)
+        return max(width, 0.0) * max(height, 0.0) < 0.5 * (x2 - x1) * (y2 - y1)
+
+
+def check_segmentation(segmentation: object, size: Size | None, entry: str) -> Extent:
     """Refuse a segmentation that cannot be decoded.
 
     Args:
@@ -40,16 +66,21 @@ def check_segmentation(segmentation: object, size: Size | None, entry: str) -> i
         size: of the picture; None where the file does not say.
         entry: where it stands, for messages.
 
-    Returns:
-        number of degenerate polygons (two points: a line), which are left out when decoding.
-
     Raises:
         UserError: see `to_rle`.
     """
     if isinstance(segmentation, list):
-        return len(segmentation) - len(_polygons(segmentation, size, entry))
-    _run_lengths(segmentation, size, entry)
-    return 0
+        polygons = _polygons(segmentation, size, entry)
+        xs, ys = ([v for polygon in polygons for v in polygon[axis::2]] for axis in (0, 1))
+        x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
+    else:
+        from pycocotools import mask as mask_tools
+
+        polygons = []
+        x1, y1, w, h = map(float, mask_tools.toBbox(to_rle(segmentation, size, entry)))
+        x2, y2 = x1 + w, y1 + h
+    lines = len(segmentation) - len(polygons) if isinstance(segmentation, list) else 0
+    return Extent(lines, (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None)
 
 
 def to_rle(segmentation: object, size: Size | None, entry: str) -> Rle:

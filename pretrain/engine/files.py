@@ -12,11 +12,12 @@ import os
 import shutil
 import uuid
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.engine.errors import MACHINE_FAULTS, UserError
+from pretrain.engine.errors import MACHINE_FAULTS, UserError, shorten
 
 EXPORTED = "exported"  # folder of a run with what it hands over
 NAME_BYTES = 255  # of a file's name: ext4, XFS, APFS, NFS and NTFS alike
@@ -31,6 +32,29 @@ def sha256_of(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+class _RepeatedKeyError(ValueError):
+    """A key that an object has twice."""
+
+
+def parse_json(text: str) -> Any:
+    """Content of a JSON text, in which no object may have a key twice: Python's parser would drop the first value.
+
+    Raises:
+        ValueError: not JSON (`json.JSONDecodeError`), or a key that is repeated.
+    """
+    return json.loads(text, object_pairs_hook=_table)
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _RepeatedKeyError(
+            f"the key {shorten(repr(repeated))} stands twice in one object, and only one of them can count"
+        )
+    return table
+
+
 def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
     """Content of a JSON file, or of one that gzip packed (``.json.gz``).
 
@@ -39,13 +63,14 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
         hint: what the file is or how to get it, as a sentence without its end; closes every message.
 
     Raises:
-        UserError: missing, a folder, unreadable, not UTF-8, or not JSON (with line and column).
+        UserError: missing, a folder, unreadable, not UTF-8, not JSON (with line and column), or with a key that an
+            object has twice.
     """
     path = Path(path)
     closing = f"; {hint}" if hint else ""
     try:
         packed = path.suffix == ".gz"
-        return json.loads((gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode("utf-8-sig"))
+        return parse_json((gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{closing}.") from None
     except UnicodeDecodeError as error:
@@ -58,7 +83,8 @@ def read_json(path: str | os.PathLike[str], *, hint: str = "") -> Any:
         where = f"{error.msg} at line {error.lineno}, column {error.colno}"
         raise UserError(f"{path}: not JSON: {where}{closing}.") from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: not JSON: {error}{closing}.") from error
+        kind = "" if isinstance(error, _RepeatedKeyError) else "not JSON: "
+        raise UserError(f"{path}: {kind}{error}{closing}.") from error
 
 
 def read_text(path: str | os.PathLike[str], *, hint: str = "") -> str:

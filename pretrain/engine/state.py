@@ -78,7 +78,8 @@ def load_tensors(
         hint: what to do when it does not fit, for the message.
 
     Raises:
-        UserError: it does not fit; with counts, first names and the first shapes.
+        UserError: it does not fit; with counts, first names and the first shapes. Or it holds integers or other numbers
+            that are no weights where weights belong.
     """
     target = module.state_dict()
     skipped = skip or ("\0",)  # no name begins with it
@@ -98,6 +99,7 @@ def load_tensors(
         text = f"{source} does not fit this model: {_misfit(problems, target=target, tensors=tensors)}"
         raise UserError(f"{text}. {hint}" if hint else text)
     loaded = [name for name in shared if name not in other_shape]
+    require_weights({name: tensors[name] for name in loaded if _is_floating(target[name])}, source=source)
     module.load_state_dict({**target, **{name: tensors[name] for name in loaded}})
     return LoadReport(
         loaded=tuple(loaded),
@@ -106,6 +108,25 @@ def load_tensors(
         other_shape=tuple(other_shape),
         skipped=tuple(name for name in tensors if name.startswith(skipped)),
     )
+
+
+def require_weights(tensors: Mapping[str, Any], *, source: str | Path) -> None:
+    """Refuse what torch would convert to floats without a word: the integers of a quantised network, complex numbers.
+
+    Raises:
+        UserError: a tensor is not of 16-, 32- or 64-bit floats; 8-bit floats are not weights without their scales.
+    """
+    for name, value in tensors.items():
+        if isinstance(value, Tensor) and not (_is_floating(value) and value.element_size() >= 2):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{source}: {name} holds numbers of type {kind} where weights belong, as quantised networks do; give "
+                "them as floats of 16 bits or more"
+            )
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from pretrain.engine.checkpoint import is_safetensors, load_weights, refuse_lfs_pointer
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import COUNTER, require_weights
 from pretrain.nets.resnet import LAYERS, ResNet
 
 Stem = Literal["small", "imagenet", "cifar"]
@@ -70,7 +71,7 @@ def to_detectron2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Torchvision ResNet names → Detectron2 names (``layer1.0.bn2`` → ``res2.0.conv2.norm``); heads are left out."""
     converted = {}
     for key, value in state.items():
-        if key.startswith("fc.") or key.endswith("num_batches_tracked"):
+        if key.startswith("fc.") or key.endswith(COUNTER):
             continue
         name = key
         for pattern, replacement in _RENAMES:
@@ -84,10 +85,11 @@ class ResNetMatch:
     """A ResNet found in a checkpoint.
 
     Attributes:
-        state: tensors under torchvision's names, without a head.
+        state: tensors under torchvision's names, without a head, in 32-bit floats.
         depth, stem: of the network.
         prefix: what stood in front of the names.
         missing: tensors of the network that the file lacks.
+        surplus: tensors of the stem and the stages that the network has no place for: it is another one.
         unexpected: tensors of the file that the network has no place for, heads and other networks among them.
     """
 
@@ -96,6 +98,7 @@ class ResNetMatch:
     stem: Stem
     prefix: str
     missing: tuple[str, ...]
+    surplus: tuple[str, ...]
     unexpected: tuple[str, ...]
 
     @property
@@ -115,7 +118,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file (of any name), or of a torch checkpoint opened with ``weights_only=True``.
 
     Raises:
-        UserError: no such file, one that would run code when opened, or one without a table of tensors.
+        UserError: no such file, one that would run code when opened, one without a table of tensors, or with tensors
+            that are not plain (sparse, quantised, without data) or hold NaN.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; a run is given by its folder (its out=), a download by its file")
@@ -139,9 +143,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
     if not tensors:
         raise UserError(f"{path}: holds no table of tensors, neither itself nor under {', '.join(CONTAINERS)}")
+    _require_plain(tensors, path)
     if all(_WRAPPERS.match(key) for key in tensors):
         tensors = {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
     return tensors
+
+
+def _require_plain(tensors: Mapping[str, Tensor], path: Path) -> None:
+    for key, value in tensors.items():
+        kind = "quantised" if value.is_quantized else "without data (meta)" if value.is_meta else str(value.layout)
+        if kind != str(torch.strided):
+            raise UserError(f"{path}: {key} is {kind}; have it saved as a plain tensor")
+        if value.is_floating_point() and bool(torch.isnan(value.to(torch.float32)).any()):
+            raise UserError(f"{path}: {key} holds values that are no numbers (NaN); fetch or export it again")
 
 
 def _refuse_torchscript(path: Path) -> None:
@@ -176,8 +190,9 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
             None: it is refused, as its stride cannot be seen.
 
     Raises:
-        UserError: too little matches (anything of the network is missing or has another shape), or it is CLIP's
-            modified ResNet. Nothing is ever filled with random numbers.
+        UserError: too little matches (anything of the network is missing or has another shape), it is a deeper or
+            another network, its numbers are no weights, or it is CLIP's modified ResNet. Nothing is ever filled with
+            random numbers.
     """
     plain = {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
     best: ResNetMatch | None = None
@@ -204,9 +219,19 @@ def find_resnet(tensors: Mapping[str, Tensor], *, source: str, stem: Stem | None
             f"{source}: too little matches. {best.report}; missing: {', '.join(best.missing[:4])}. Nothing is written, "
             "as the rest would be random"
         )
-    return best
+    if best.surplus:
+        raise UserError(
+            f"{source}: no ResNet-18, 34, 50 or 101, but a deeper network or one with more layers: "
+            f"{len(best.surplus)} tensors of its stages have no place, such as {best.surplus[0]}"
+        )
+    require_weights(best.state, source=source)
+    spoilt = next((key for key, value in best.state.items() if not bool(torch.isfinite(value).all())), None)
+    if spoilt is not None:
+        raise UserError(f"{source}: {spoilt} holds values that are not finite; fetch or export it again")
+    return replace(best, state={key: value.float().contiguous() for key, value in best.state.items()})
 
 
+_TRUNK = ("conv1.", "bn1.", "layer1.", "layer2.", "layer3.", "layer4.")
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
@@ -235,16 +260,17 @@ def _match(
     kind: Stem | None = "imagenet" if kernel == 7 else stem
     with torch.device("meta"):
         expected = ResNet(depth=depth, stem=kind or "small").state_dict()
-    expected = {k: v for k, v in expected.items() if not k.endswith("num_batches_tracked")}
+    expected = {k: v for k, v in expected.items() if not k.endswith(COUNTER)}
     matching = {k: inner[k] for k, v in expected.items() if k in inner and inner[k].shape == v.shape}
     if kind is None:
         matching.pop("conv1.weight", None)  # a 3×3 stem of unknown stride is no match
     unused = [k for k in whole if not (k.startswith(prefix) and _numbered(k.removeprefix(prefix)) in matching)]
     return ResNetMatch(
-        state={k: v.float().contiguous() for k, v in matching.items()},
+        state=matching,
         depth=depth,
         stem=kind or "small",
         prefix=prefix,
         missing=tuple(k for k in expected if k not in matching),
-        unexpected=tuple(k for k in unused if not k.endswith("num_batches_tracked")),
+        surplus=tuple(k for k in inner if k.startswith(_TRUNK) and k not in expected and not k.endswith(COUNTER)),
+        unexpected=tuple(k for k in unused if not k.endswith(COUNTER)),
     )

@@ -118,7 +118,21 @@ COUNTED = {
         "category 0 is named 'dog' like category 2 and has no annotation",
     ),
     "no area": (every("area", None), "4 annotations without area"),
-    "area of 0": (first("area", 0), "1 annotations have area 0 and a box that is larger"),
+    "area of 0": (first("area", 0), "1 annotations have an area below 1 px and a larger box"),
+    "area as a share": (every("area", 0.07), "4 annotations have an area below 1 px and a larger box"),
+    "area of the picture": (first("area", 8000), "1 annotations have an area larger than their box"),
+    "turned in CVAT": (first("attributes", {"occluded": False, "rotation": 30.0}), "1 boxes are turned by an angle"),
+    "mask of shares": (first("segmentation", [[0.1, 0.1, 0.4, 0.1, 0.4, 0.4]]), "1 masks lie mostly outside"),
+    "mask along rows": (
+        first("segmentation", {"size": [80, 100], "counts": [1010, *[30, 70] * 19, 30, 5060]}),
+        "1 masks lie mostly outside",
+    ),
+    "mask inside out": (
+        first("segmentation", {"size": [80, 100], "counts": [0, 810, *[20, 60] * 29, 20, 4850]}),
+        "1 masks lie mostly outside",
+    ),
+    "empty mask": (first("segmentation", {"size": [80, 100], "counts": [8000]}), "1 masks have no area"),
+    "mask of one point": (first("segmentation", [[10, 10] * 3]), "1 masks have no area"),
     "objects written twice": (
         lambda made: made["annotations"].__setitem__(2, dict(made["annotations"][0], id=3)),
         "1 annotations repeat class and box of another one",
@@ -132,6 +146,16 @@ def test_coco__oddities_are_counted(case: str) -> None:
     truth = check_ground_truth(content(change), where="gt.json")
     assert any(message in warning for warning in truth.warnings), truth.warnings
     assert len(truth.annotations) == 4
+
+
+@pytest.mark.parametrize("attributes", [None, [], [1], "rotation", {"rotation": "30"}, {"rotation": 360.0}, {}])
+def test_coco__attributes_of_other_tools_are_no_turns(attributes: object) -> None:
+    assert not check_ground_truth(content(first("attributes", attributes))).warnings
+
+
+def test_coco__masks_of_hidden_objects_are_smaller_than_their_boxes() -> None:
+    """No warning: boxes of whole objects (amodal), masks of what is seen."""
+    assert not check_ground_truth(content(first("segmentation", [[30, 20, 40, 20, 40, 30, 30, 30]]))).warnings
 
 
 def test_coco__sizes_may_be_text_or_floats() -> None:

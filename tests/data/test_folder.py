@@ -210,6 +210,51 @@ def test_read_image__a_png_cut_short_is_refused(share: float, level: int) -> Non
             read_image(data[:kept] + end)
 
 
+def photo(mode: str = "RGB") -> Image.Image:
+    rng = np.random.default_rng(0)
+    return Image.fromarray(rng.integers(0, 256, (130, 250, 3), dtype=np.uint8)).convert(mode)
+
+
+JPEG_KINDS: list[dict[str, object]] = [
+    {}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_blocks": 3}, {"quality": 100}, {"progressive": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_was_cut_and_closed_is_refused(mode: str, options: dict[str, object]) -> None:
+    """libjpeg fills what is missing with grey, and Pillow drops its warning."""
+    data = encode(photo(mode), "JPEG", **options)
+    for share in (0.4, 0.6) if "progressive" in options else (0.4, 0.7, 0.95):
+        cut = data[: int(share * len(data))].rstrip(b"\xff")
+        for end in (b"\xff\xd9", bytes(300) + b"\xff\xd9", b"\xff\xd9" + data):
+            with pytest.raises(BadImageError, match="its end is missing"):
+                read_image(cut + end)
+        with pytest.raises(BadImageError, match="its end is missing"):
+            read_image(cut + b"\xff\xd9", max_side=32)
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_whole_jpeg_that_ends_in_grey_is_read(mode: str, options: dict[str, object]) -> None:
+    """The grey of missing pixels is a colour like others, and bytes behind the end belong to nobody."""
+    for size, grey_from in (((1, 1), 0), ((7, 9), 0), ((100, 64), 32), ((250, 131), 0)):
+        picture = photo().resize(size)
+        picture.paste((128, 128, 128), (0, grey_from, *size))
+        data = encode(picture.convert(mode), "JPEG", **options)
+        for end in (b"", bytes(100), b"\xff\xd9" + data[:500]):
+            assert read_image(data + end).shape == (size[1], size[0], 3)
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_webp_whose_end_was_never_copied_is_refused(lossless: bool) -> None:
+    data = encode(photo(), "WEBP", lossless=lossless)
+    kept = len(data) // 2
+    with pytest.raises(BadImageError, match="its end is missing"):
+        read_image(data[:kept] + bytes(len(data) - kept))
+    assert read_image(data + bytes(100)).shape == (130, 250, 3)
+
+
 def test_read_image__folder_or_missing_file_is_a_bad_image(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "missing.png"):
         with pytest.raises(BadImageError, match=path.name):

@@ -55,6 +55,17 @@ def test_answer__threshold_filters_on_the_server(answerer: Answerer, pictures: d
     assert high == [d for d in low if d["score"] >= 0.9999]
 
 
+@pytest.mark.parametrize("name", ["moving.png", "moving.webp", "pages.tif"])
+def test_answer__says_that_the_first_of_several_frames_was_searched(
+    answerer: Answerer, name: str, tmp_path: Path
+) -> None:
+    one = Image.fromarray(picture())
+    one.save(tmp_path / name, save_all=True, append_images=[one.rotate(180)])
+    assert (
+        "The file has 2 frames or pages; the first was searched" in answerer.answer(tmp_path / name, "red")["notices"]
+    )
+
+
 def test_answer__new_words_do_not_run_the_network(answerer: Answerer, pictures: dict[str, Path]) -> None:
     assert not answerer.answer(pictures["good"], "red")["cached"]
     copy = pictures["good"].with_name("copy.bmp")

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ovd.inference.known_words import WordList
 from ovd.vocabulary import Vocabulary
 from ovd.words import cleaned
+from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
 
@@ -135,3 +137,75 @@ def test_words__data_set_names_survive_save_and_load(name: str, tmp_path: Path) 
     after = Vocabulary.load(tmp_path / "v.json")
     assert after == before and after.hash == before.hash
     assert json.loads((tmp_path / "v.json").read_text())["classes"][1]["name"] == name
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "• dog\n• cat",
+        "* dog\n* cat",
+        "1. dog\n2. cat",
+        "1) dog\n2) cat\n",
+        "0: dog\n1: cat",
+        "◦ dog\n\n◦ cat",
+        "dog՝ cat",
+    ],
+)
+def test_words__bullets_and_numbers_of_a_list_are_no_names(text: str) -> None:
+    assert Vocabulary.parse(text).names == ("dog", "cat")
+
+
+@pytest.mark.parametrize("text", ["7 up", "3.5 inch disk, cat", "1. FC badge", "mug: cup", "C++ book, C# book"])
+def test_words__names_with_numbers_and_marks_stay(text: str) -> None:
+    vocabulary = Vocabulary.parse(text)
+    assert vocabulary.names == tuple(name.strip() for name in text.partition(":")[0].split(","))
+    assert not vocabulary.notices
+
+
+@pytest.mark.parametrize("text", ["# animals\ndog\ncat", "dog\n// animals\ncat"])
+def test_words__comments_are_left_out_with_a_notice(text: str) -> None:
+    vocabulary = Vocabulary.parse(text)
+    assert vocabulary.names == ("dog", "cat") and "Left out as comments" in vocabulary.notices[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dog . cat . mug .", "a dog. a cat.", "dog | cat", "dog\tcat", "犬。猫", "(dog, cat)", "('dog', 'cat')",
+        '"dog, cat"', '["dog", "cat"', "names: [dog, cat]", "mug: (cup, glass)",
+    ],
+)  # fmt: skip
+def test_words__what_separates_elsewhere_gets_a_notice(text: str) -> None:
+    """They were one class, or classes with half a bracket, that nothing in a picture looks like."""
+    assert any("Searched as one name" in notice for notice in Vocabulary.parse(text).notices)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "id,name\n1,dog\n2,cat\n"),
+        ("a.CSV", "id;name\n1;dog\n"),
+        ("a.tsv", "1\tdog\n2\tcat\n"),
+        ("a.pbtxt", "item {\n  id: 1\n  name: 'dog'\n}\n"),
+    ],
+)
+def test_words__tables_are_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: is a (table|label map)"):
+        Vocabulary.load(tmp_path / name)
+    (tmp_path / "one.csv").write_text("dog,cat,mug\n")
+    assert Vocabulary.load(tmp_path / "one.csv").names == ("dog", "cat", "mug")
+
+
+def test_words__known_ones_are_known_as_other_programs_write_them() -> None:
+    known = WordList(words=("fire hydrant", "person"), lexicon=read_lexicon())
+    for typed in (
+        "fire_hydrant",
+        "Fire_Hydrant",
+        "fire hydrant.",
+        "«fire hydrant»",
+        "(fire hydrant)",
+        "a fire_hydrant。",
+    ):
+        assert known.is_one(typed) and known.index_of(typed) == 0, typed
+    assert not known.is_one("???") and not known.is_one("_")

@@ -27,8 +27,9 @@ def test_read_json__utf_8(tmp_path: Path) -> None:
         (b"", r"not JSON: Expecting value at line 1, column 1"),
         (b"\x1f\x8b\x08", r"not a text file in UTF-8 \(byte 1\)\. Is it packed"),
         (b"[" * 100_000, r"not JSON: .*recursion"),
+        (b'[{"a": 1, "b": {"c": 1}, "a": 1}]', r"broken\.json: the key 'a' stands twice in one object"),
     ],
-    ids=["broken", "empty", "packed", "nested"],
+    ids=["broken", "empty", "packed", "nested", "repeated"],
 )
 def test_read_json__error_has_line_and_column(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "broken.json"

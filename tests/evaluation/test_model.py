@@ -294,6 +294,19 @@ def test_pictures__missing_ones_are_named(photos: tuple[Path, Path, dict[str, An
         run_images(photos[2], tmp_path / "empty", None, where="coco:a:b.json")
 
 
+def test_pictures__all_that_cannot_be_read_are_named(photos: tuple[Path, Path, dict[str, Any]]) -> None:
+    """One message for all of them: a person repairs a folder once."""
+    folder, _, gt = photos
+    (folder / "0.png").write_bytes((folder / "0.png").read_bytes()[:100])
+    (folder / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"(?s)^2 pictures cannot be evaluated:\n  .*0\.png: .*\n  .*1\.png: is empty"):
+        run_images(gt, folder, lambda image, image_id: [])
+    gt["images"] += [{**gt["images"][0], "id": 100 + n} for n in range(38)]
+    with pytest.raises(UserError, match=r"^40 pictures cannot be evaluated:") as caught:
+        run_images(gt, folder, lambda image, image_id: [])
+    assert str(caught.value).endswith("and 30 more")
+
+
 def test_pictures__size_must_match_the_annotations(photos: tuple[Path, Path, dict[str, Any]]) -> None:
     folder, _, gt = photos
     gt["images"][1]["width"] = 120

@@ -55,6 +55,23 @@ def test_data_yaml__invalid_names_are_refused(names: str, tmp_path: Path) -> Non
         read_labels(file)
 
 
+@pytest.mark.parametrize("names", ["[cat]\nnames: [dog]", "\n  0: cat\n  1: dog\n  1: cow"])
+def test_data_yaml__a_key_that_stands_twice_is_refused(names: str, tmp_path: Path) -> None:
+    file = yolo(tmp_path, yaml=f"train: images\nnames: {names}\n")
+    with pytest.raises(UserError, match=r"data.yaml: not YAML: the key '(names|1)' stands twice in the table of line"):
+        read_labels(file)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.json", '{"0": "a", "0": "b"}'), ("a.yaml", "names: [a]\nnames: [b]")])
+def test_a_word_list_with_a_key_twice_is_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}: .*the key '(0|names)' stands twice"):
+        Vocabulary.load(tmp_path / name)
+    if name.endswith(".json"):
+        with pytest.raises(UserError, match="stands twice"):
+            Vocabulary.parse(text)
+
+
 # --- files that are no UTF-8, empty, or hidden
 
 

@@ -145,6 +145,7 @@ def test_yolo__shares_are_of_the_picture_as_it_is_seen(tmp_path: Path) -> None:
         ("0 40 30 20 30", r"a\.txt:1: coordinates must be shares of the picture, from 0 to 1; are these pixels\?"),
         ("0 .5 nan .5 .5", r"a\.txt:1: coordinates must be"),
         ("0 .5 .5 .5", r"a\.txt:1: 4 numbers are neither a box \(5\) nor an outline"),
+        ("0 .5 .5 -.009 .5", r"a\.txt:1: the box has a negative width or height \(-0\.009 × 0\.5\)"),
         ("0 .5 .5 .5 .5 1.5", r"the sixth number, 1\.5, is not a score"),
         ("9 1 1\n8 1 1\n", r"(?s)2 mistakes in .*data\.yaml:\n.*a\.txt:1: class 9.*\n.*a\.txt:2: class 8"),
     ],
@@ -185,6 +186,30 @@ def test_yolo__oddities_are_counted_with_the_first_place(tmp_path: Path) -> None
         r"1 pictures cannot be read and are left out \(first: .*broken\.jpg",
     ):
         assert [notice for notice in notices if re.match(text, notice)], text
+
+
+@pytest.mark.parametrize("name", ["b.txt", "a.TXT", "a.jpg.txt", "cafe\u0301.txt"])
+def test_yolo__label_files_without_a_picture_are_counted(name: str, tmp_path: Path) -> None:
+    file = yolo(tmp_path)
+    picture(tmp_path / "images/caf\u00e9.jpg")
+    (tmp_path / "labels" / name).write_text("0 .5 .5 .2 .2\n")
+    for harmless in ("classes.txt", "._a.txt", "notes.md"):
+        (tmp_path / "labels" / harmless).write_text("")
+    assert [n for n in read_labels(file).notices if n.startswith("1 label files belong to no picture")]
+
+
+def test_yolo__label_files_of_pictures_in_no_part_are_none_of_them(tmp_path: Path) -> None:
+    file = yolo(tmp_path, yaml="train: train.txt\nnames: [cat, dog]\n")
+    (tmp_path / "train.txt").write_text("images/a.jpg\n")
+    picture(tmp_path / "images/held_out.jpg")
+    (tmp_path / "labels/held_out.txt").write_text("0 .5 .5 .2 .2\n")
+    assert not read_labels(file).notices
+
+
+def test_yolo__pictures_that_share_a_label_file_are_counted(tmp_path: Path) -> None:
+    file = yolo(tmp_path)
+    picture(tmp_path / "images/a.png")
+    assert [n for n in read_labels(file).notices if n.startswith("1 pictures share a label file with another one")]
 
 
 def test_yolo__no_label_file_at_all_is_a_mistake(tmp_path: Path) -> None:
@@ -232,6 +257,7 @@ def test_voc__files_beside_their_pictures_in_roboflows_folders(tmp_path: Path) -
         (lambda p: voc(p, voc_object(box=(40, 45, 11, 21))), r"a\.xml:4: cat: bndbox from .* is not a box"),
         (lambda p: voc(p, voc_object(box=(100, 100, 120, 120))), r"outside the picture of 80 × 60 pixels"),
         (lambda p: voc(p, voc_object(), filename="b.jpg") / "", None),
+        (lambda p: voc(p, voc_object(more="<bndbox/>")), r"a\.xml:4: cat: more than one bndbox"),
         (lambda p: voc(p, "<object>"), r"a\.xml:5: not XML"),
         (lambda p: voc(p, voc_object(), head="<!DOCTYPE a [<!ENTITY b 'c'>]>\n"), r"a\.xml:1: has a document type"),
         (lambda p: voc(p), "no object in 1 XML files"),
@@ -244,6 +270,32 @@ def test_voc__mistakes_name_file_and_line(make: Callable[[Path], Path], said: st
         return
     with pytest.raises(UserError, match=said):
         read_labels(folder)
+
+
+def test_voc__the_picture_of_an_xml_file_has_its_name(tmp_path: Path) -> None:
+    """A file that was copied with its picture still names the old one; its objects are not in that one."""
+    voc(tmp_path, voc_object("cat"), filename="b.jpg")
+    picture(tmp_path / "JPEGImages/b.jpg")
+    (tmp_path / "Annotations/b.xml").write_text((tmp_path / "Annotations/a.xml").read_text().replace("cat", "dog"))
+    read = read_labels(tmp_path)
+    assert [i["file_name"] for i in read.content["images"]] == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
+    assert [one["image_id"] for one in read.content["annotations"]] == [1, 2]
+    assert any("1 XML files name the picture of another one" in notice for notice in read.notices)
+
+
+@pytest.mark.parametrize(("corner", "x"), [("0.43", 0.43), ("0.00", 0.0), ("0", 0.0), ("1", 0.0)])
+def test_voc__a_corner_below_1_counts_from_0(corner: str, x: float, tmp_path: Path) -> None:
+    assert boxes(voc(tmp_path, voc_object(box=(corner, 5, 40, 30))))[0][0] == x
+
+
+def test_voc__turned_boxes_and_pictures_without_a_file_are_counted(tmp_path: Path) -> None:
+    turn = "<attributes><attribute><name>rotation</name><value>45.0</value></attribute></attributes>"
+    still = turn.replace("45", "0")
+    voc(tmp_path, voc_object(more=turn), voc_object("dog", more=still))
+    picture(tmp_path / "JPEGImages/unlabelled.jpg")
+    notices = read_labels(tmp_path).notices
+    assert any(notice.startswith("1 boxes are turned by an angle") for notice in notices)
+    assert any(notice.startswith("1 pictures have no XML file and are left out") for notice in notices)
 
 
 def test_voc__a_picture_of_another_size_or_none_is_refused(tmp_path: Path) -> None:

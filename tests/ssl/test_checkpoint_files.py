@@ -14,6 +14,7 @@ from torch import nn
 
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
+from pretrain.engine.state import load_tensors
 from pretrain.nets.checkpoints import find_resnet, read_tensors
 from pretrain.nets.resnet import ResNet
 
@@ -69,3 +70,56 @@ def test_checkpoint_file__a_bare_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.pth").write_bytes(b"\x80\x04}\x94\x8c\x01a\x94K\x01s.")  # {"a": 1}
     with pytest.raises(UserError, match=r"c\.pth: "):
         read_tensors(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("odd", "kind"),
+    [
+        (torch.ones(2, 3).to_sparse(), "torch.sparse_coo"),
+        (torch.quantize_per_tensor(torch.ones(2, 3), 0.1, 0, torch.qint8), "quantised"),
+        (torch.ones(2, 3, device="meta"), r"without data \(meta\)"),
+        (torch.full((2, 3), torch.nan), r"values that are no numbers \(NaN\)"),
+    ],
+)
+def test_tensors_that_are_not_plain_or_hold_nan_are_refused_by_name(
+    tmp_path: Path, odd: torch.Tensor, kind: str
+) -> None:
+    torch.save({**TENSORS, "b.weight": odd}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=rf"c\.pth: b\.weight (is|holds) {kind}"):
+        read_tensors(tmp_path / "c.pth")
+
+
+def resnet() -> dict[str, torch.Tensor]:
+    return ResNet(depth=18, stem="imagenet").state_dict()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.complex64, torch.float8_e4m3fn])
+def test_numbers_that_are_no_weights_are_refused(dtype: torch.dtype) -> None:
+    """They were converted to floats: a quantised network became noise."""
+    name = "layer1.0.conv1.weight"
+    odd = {**resnet(), name: resnet()[name].to(dtype)}
+    said = rf"x: {name} holds numbers of type {str(dtype).removeprefix('torch.')} where weights belong"
+    with pytest.raises(UserError, match=said):
+        find_resnet(odd, source="x")
+    with pytest.raises(UserError, match=said):
+        load_tensors(ResNet(depth=18, stem="imagenet"), odd, source="x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_weights(dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in resnet().items()}
+    assert {value.dtype for value in find_resnet(state, source="x").state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "more", ["layer3.2.conv1.weight", "layer1.0.se.fc1.weight", "layer2.0.conv1.bias", "conv1.bias"]
+)
+def test_a_deeper_network_is_not_cut_to_a_known_one(more: str) -> None:
+    """A ResNet-152 was taken for a ResNet-101, and a network with attention for one without."""
+    with pytest.raises(UserError, match=rf"x: no ResNet-18, .* 1 tensors of its stages have no place, such as {more}"):
+        find_resnet({**resnet(), more: torch.zeros(64)}, source="x")
+
+
+def test_values_that_are_not_finite_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"x: bn1\.running_var holds values that are not finite"):
+        find_resnet({**resnet(), "bn1.running_var": torch.full((64,), torch.inf)}, source="x")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torchvision.models import resnet18, resnet50
 from pretrain.config_ssl import BackboneConfig
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
+from pretrain.engine.files import alone_in
 from pretrain.export import detectron2_network, export, main, read_source
 from pretrain.nets.backbones import build_backbone, save_backbone
 from pretrain.nets.checkpoints import find_resnet, read_tensors, to_detectron2
@@ -324,6 +326,24 @@ def test_backbone_export__the_command_writes_a_folder_once(tmp_path: Path, capsy
         main([str(out), "--to", "torchvision", "--out", str(tmp_path / "other")])
 
 
+def test_two_exports_do_not_write_one_folder(tmp_path: Path) -> None:
+    folder_of(tmp_path / "run" / "exported", name="resnet18", stem="small")
+    with alone_in(tmp_path / "out"), pytest.raises(UserError, match="out: another command writes there"):
+        main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(tmp_path / "out")])
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder_of(tmp_path / "run" / "exported", name="resnet18", stem="small")
+    monkeypatch.setattr("pretrain.export.write_atomically", full)  # of the last file
+    with pytest.raises(UserError, match="out: No space left"):
+        main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_export__own_towers_are_refused_for_open_clip(tmp_path: Path, pictures: Tensor) -> None:
     from pretrain.export import export_open_clip
     from tests.clip.test_towers import make
@@ -344,5 +364,5 @@ def test_official_checkpoints__a_network_that_only_looks_like_a_resnet_is_refuse
     save_backbone(
         tmp_path / "it", build_backbone(config), config=config, method="x", size=64, mean=[0.5] * 3, std=[0.2] * 3
     )
-    with pytest.raises(UserError, match="not a plain ResNet|differs from the source"):
+    with pytest.raises(UserError, match="not a plain ResNet|differs from the source|of its stages have no place"):
         read_source(tmp_path / "it")
