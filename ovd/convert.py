@@ -67,9 +67,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{labels.where}: has no pictures; there is nothing to convert")
     missing = [picture.source for picture in labelled.pictures if not picture.source.is_file()]
     if missing and options.pictures != "none" and options.to in DATASET_FORMATS:
+        folder = f"another --images than {options.images}" if options.images is not None else "their folder by --images"
         raise UserError(
             f"{labels.where}: {len(missing)} of {len(labelled.pictures)} pictures are not there (first: {missing[0]}); "
-            f"give --images, or --pictures none.{backslash_hint(missing[0])}"
+            f"give {folder}, or --pictures none.{backslash_hint(missing[0])}"
         )
     for notice in (*labelled.notices, *picture_notices(labelled)):
         print(f"warning: {labels.where}: {notice}", file=sys.stderr)

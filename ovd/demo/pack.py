@@ -45,10 +45,9 @@ def pack(answers: Any, form: Any) -> bytes:
 
     # In the page's own folder, which goes with the page, or at the next start.
     with tempfile.TemporaryDirectory(prefix="pack-", dir=os.environ.get("GRADIO_TEMP_DIR") or None) as folder:
-        root = Path(folder)
-        labels = Labels(content=content, root=root, kind="coco", where="the answers")
-        out = root / "labels"
-        out.mkdir()
+        out = Path(folder)
+        # The pictures are where the zip is opened: LabelMe's files name them by a relative path.
+        labels = Labels(content=content, root=out, kind="coco", where="the answers")
         write_labels(labelled_pictures(labels), out, form, picture_mode="none")
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -13,7 +13,7 @@ from typing import Literal
 from xml.etree.ElementTree import Element, SubElement
 
 from ovd.formats.labels import coco_categories
-from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outlines
+from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outlines, own_path
 from ovd.formats.xml import xml_document
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.engine.errors import UserError
@@ -31,7 +31,7 @@ def write_coco(labelled: LabelledPictures, out: Path, *, picture_mode: PictureMo
         annotations: list[CocoAnnotation] = []
         for number, picture in enumerate((p for p in labelled.pictures if p.part == part), 1):
             height, width = picture.size
-            name = put_picture(picture, out / "images", picture_mode)
+            name = put_picture(picture, picture.path, out / "images", picture_mode)
             images.append({"id": number, "file_name": name, "height": height, "width": width})
             for shape in picture.shapes:
                 annotation_id += 1
@@ -66,7 +66,7 @@ def write_yolo(
             both forms for outlines of two points.
     """
     for picture in labelled.pictures:
-        name = put_picture(picture, out / "images", picture_mode)
+        name = put_picture(picture, picture.path, out / "images", picture_mode)
         lines = [_yolo_line(shape, picture.size, outline) for shape in picture.shapes if not shape.crowd]
         write_atomically((out / "labels" / name).with_suffix(".txt"), "".join(lines).encode())
     parts = [part for part in ("train", "val", "test") if part in labelled.parts]
@@ -92,11 +92,17 @@ def _yolo_line(shape: Shape, size: tuple[int, int], outline: bool) -> str:
 
 
 def write_voc(labelled: LabelledPictures, out: Path, *, picture_mode: PictureMode = "copy") -> None:
-    """``Annotations/``, ``JPEGImages/`` and, for the parts, ``ImageSets/Main/``; names are made flat, as VOC's are."""
+    """``Annotations/``, ``JPEGImages/`` and, for the parts, ``ImageSets/Main/``; names are made flat, as VOC's are.
+
+    All parts share the folders, so a name that two of them have gets a number.
+    """
     stems: dict[str, list[str]] = {}
+    used: set[str] = set()
     for picture in labelled.pictures:
-        name = put_picture(picture, out / "JPEGImages", picture_mode, flat=True)
-        stem = PurePosixPath(name).stem
+        path = PurePosixPath(picture.target.replace("/", "_"))
+        flat = own_path(PurePosixPath(fitting_name(path.stem, path.suffix)), used)
+        name = put_picture(picture, flat.as_posix(), out / "JPEGImages", picture_mode)
+        stem = flat.stem
         stems.setdefault(picture.part, []).append(stem)
         write_atomically(out / "Annotations" / f"{stem}.xml", _voc_file(picture, name))
     for part, listed in stems.items():
@@ -126,17 +132,12 @@ def _texts(parent: Element, values: Mapping[str, str | int]) -> None:
         SubElement(parent, tag).text = str(value)
 
 
-def put_picture(picture: Picture, folder: Path, picture_mode: PictureMode, *, flat: bool = False) -> str:
-    """Put a picture into a folder; returns its path below it.
+def put_picture(picture: Picture, name: str, folder: Path, picture_mode: PictureMode) -> str:
+    """Put a picture into a folder under a name; returns the name.
 
     Raises:
         UserError: it cannot be copied or linked.
     """
-    if flat:
-        path = PurePosixPath(picture.target.replace("/", "_"))
-        name = fitting_name(path.stem, path.suffix)
-    else:
-        name = (PurePosixPath(picture.part) / picture.target).as_posix()
     target = folder / name
     if picture_mode == "none":
         return name

@@ -33,11 +33,11 @@ def write_csv(labelled: LabelledPictures, out: Path) -> None:
 
 
 def write_labelme(labelled: LabelledPictures, out: Path) -> None:
-    """One ``.json`` per picture, as LabelMe saves them, with a relative path to the picture."""
+    """One ``.json`` per picture, in a folder per part, named by its stem: as LabelMe looks for it."""
     for picture in labelled.pictures:
         height, width = picture.size
-        target = out / picture.target
-        file = target.with_name(fitting_name(target.name, ".json"))
+        target = out / picture.path
+        file = target.with_name(fitting_name(target.stem, ".json"))
         content: dict[str, object] = {
             "version": LABELME_VERSION,
             "flags": {},

@@ -19,6 +19,7 @@ from pretrain.engine.errors import UserError, absent
 from pretrain.engine.files import read_json
 
 ROBOFLOW = "_annotations.coco.json"
+NAME_FOLDER = "name the folder of the pictures (--images, data.images=, or --data coco:FOLDER:FILE)"
 FIRST = 20  # pictures that are looked for in each candidate folder, as one may be missing
 
 
@@ -151,7 +152,7 @@ def _pictures_of(file: Path, content: object) -> Path:
     tried += [above / "images", above / "images" / part, above]
     counts = [sum((folder / name).is_file() for name in names) for folder in tried]
     if not any(counts):
-        text = f"{file}: its picture {names[0]} is not in {file.parent}; name the folder of the pictures."
+        text = f"{file}: its picture {names[0]} is not in {file.parent}; {NAME_FOLDER}."
         raise UserError(text + backslash_hint(names[0]))
     root = tried[counts.index(max(counts))]
     return root

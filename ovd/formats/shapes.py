@@ -49,7 +49,7 @@ class Picture:
     Attributes:
         id: of the data set.
         file: path below the data set's folder, as it was read.
-        target: path below the folder of pictures of a data set that is written: its own, no other has this stem.
+        target: path below its part's folder in a data set that is written: no other of this part has its stem.
         source: where the picture lies.
         size: (height, width) upright.
         part: train, val, test, or empty.
@@ -63,6 +63,11 @@ class Picture:
     size: tuple[int, int]
     part: str
     shapes: tuple[Shape, ...]
+
+    @property
+    def path(self) -> str:
+        """Below the folder of pictures of a data set whose parts have folders."""
+        return (PurePosixPath(self.part) / self.target).as_posix()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,13 +135,22 @@ def _target(file: str, part: str, used: set[str]) -> str:
     folders = [name for name in path.parts[:-1] if name not in ("images", "JPEGImages", "..", "/")]
     if folders and PART_NAMES.get(folders[0]) == part:
         folders = folders[1:]
-    below, number = PurePosixPath(*folders), 1
-    stem = path.stem
-    while f"{part}/{below / stem}".casefold() in used:
+    return own_path(PurePosixPath(part, *folders, path.name), used).relative_to(part).as_posix()
+
+
+def own_path(path: PurePosixPath, used: set[str]) -> PurePosixPath:
+    """``path``, or where an earlier one differs by its suffix or not at all, one with a number behind its stem.
+
+    Args:
+        path: of a picture; other files will have its stem.
+        used: the earlier ones; this one is added.
+    """
+    number, stem = 1, path.stem
+    while (key := (path.parent / stem).as_posix().casefold()) in used:
         number += 1
         stem = f"{path.stem}_{number}"
-    used.add(f"{part}/{below / stem}".casefold())
-    return (below / f"{stem}{path.suffix}").as_posix()
+    used.add(key)
+    return path.with_name(f"{stem}{path.suffix}")
 
 
 def outlines(shape: Shape, size: tuple[int, int]) -> list[list[float]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.demo.conftest import Server
 from tests.demo.test_page import EVIL, Tab
@@ -127,26 +128,43 @@ def test_keyboard__arrows_follow_the_table_and_show_nearest_words(tab: Tab, pict
     assert tab.page.locator(".wordbox-boxes .item.on").count() == 0
 
 
-def test_zoom__enlarges_boxes_too_and_mouse_pans(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.find(pictures["good"], "red, blue")
-    picture, stage = tab.page.locator(".wordbox-searched-picture"), tab.page.locator(".wordbox-viewport")
-    before, frame = picture.bounding_box(), stage.bounding_box()
+@pytest.mark.parametrize("width", [1280, 360])
+def test_zoom__enlarges_boxes_too_and_mouse_pans(
+    tab: Tab, pictures: dict[str, Path], tmp_path: Path, width: int
+) -> None:
+    tab.page.set_viewport_size({"width": width, "height": 900})
+    with Image.open(pictures["good"]) as small:  # as wide as the page, at both widths
+        small.resize((1280, 960)).save(tmp_path / "large.png")
+    tab.find(tmp_path / "large.png", "red, blue")
+    stage = tab.page.locator(".wordbox-viewport")
+
+    def place(name: str) -> dict[str, float]:
+        """Of a part within the stage: a narrow page scrolls to its result meanwhile."""
+        script = """([part, stage]) => {
+            const one = document.querySelector(part).getBoundingClientRect(), all = stage.getBoundingClientRect();
+            return { x: one.x - all.x, y: one.y - all.y, width: one.width, height: all.height };
+        }"""
+        return tab.page.evaluate(script, [name, stage.element_handle()])
+
+    picture = ".wordbox-searched-picture"
+    before = place(picture)
     tab.page.locator("[data-zoom=in]").click()
     tab.page.locator("[data-zoom=in]").click()
-    after = picture.bounding_box()
+    after = place(picture)
     assert after["width"] == pytest.approx(before["width"] * 2.25, abs=2)
-    assert stage.bounding_box()["height"] == pytest.approx(frame["height"], abs=2)  # nothing below it moves
-    boxes = tab.page.locator(".wordbox-boxes").bounding_box()
-    assert boxes["width"] == pytest.approx(after["width"], abs=1) and boxes["x"] == pytest.approx(after["x"], abs=1)
+    assert after["height"] == pytest.approx(before["height"], abs=2)  # the stage's: nothing below it moves
+    boxes = place(".wordbox-boxes")
+    assert (boxes["width"], boxes["x"]) == (pytest.approx(after["width"], abs=1), pytest.approx(after["x"], abs=1))
+    frame = stage.bounding_box()
     x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
     tab.page.mouse.move(x, y)
     tab.page.mouse.down()
     tab.page.mouse.move(x - 60, y - 30, steps=4)
     tab.page.mouse.up()
-    moved = picture.bounding_box()
+    moved = place(picture)
     assert (moved["x"] - after["x"], moved["y"] - after["y"]) == (pytest.approx(-60, abs=2), pytest.approx(-30, abs=2))
     tab.page.locator("[data-zoom=fit]").click()
-    assert picture.bounding_box() == before and tab.page.locator("[data-zoom=fit]").is_disabled()
+    assert place(picture) == before and tab.page.locator("[data-zoom=fit]").is_disabled()
 
 
 def test_weights__choice_switches_the_detector(tab: Tab, pictures: dict[str, Path]) -> None:

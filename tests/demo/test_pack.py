@@ -52,6 +52,12 @@ def test_pack__coco_boxes_and_unique_file_names(tmp_path: Path) -> None:
     assert sorted(check_ground_truth(content).categories.values()) == ["blue", "red"]
 
 
+def test_pack__labelme_finds_the_pictures_where_the_zip_is_opened() -> None:
+    archive = zipfile.ZipFile(io.BytesIO(pack(FOUND, "labelme")))
+    named = {name: json.loads(archive.read(name))["imagePath"] for name in archive.namelist()}
+    assert named == {"good.json": "good.png", "good_2.json": "good_2.png", "hidden.json": "hidden.jpg"}
+
+
 def test_pack__pictures_without_boxes() -> None:
     assert zipfile.ZipFile(io.BytesIO(pack(FOUND[1:2], "csv"))).namelist()
 

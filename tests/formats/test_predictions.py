@@ -39,7 +39,7 @@ def test_predictions__boxes_and_scores_are_written_in_every_format(tmp_path: Pat
     assert (out / "yolo/labels/none.txt").read_text() == "" and not (out / "yolo/images").exists()
     coco = json.loads((out / "coco/annotations/instances_all.json").read_text())
     assert [one["score"] for one in coco["annotations"]] == sorted((float(r["score"]) for r in rows), reverse=True)
-    labelme = json.loads((out / "labelme/a.png.json").read_text())
+    labelme = json.loads((out / "labelme/a.json").read_text())
     assert (out / "labelme" / labelme["imagePath"]).resolve() == photos / "a.png"
 
 

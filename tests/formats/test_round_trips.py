@@ -104,8 +104,8 @@ def test_supervision__reads_the_same(to: str, coco: Path, photos: str, tmp_path:
 def test_labelme__is_read_by_supervision(coco: Path, photos: str, tmp_path: Path) -> None:
     sv = pytest.importorskip("supervision")
     out = convert(coco, "labelme", tmp_path / "out", "--images", photos)
-    content = json.loads((out / "a.jpg.json").read_text())
-    assert (out / content["imagePath"]).resolve() == Path(photos, "a.jpg").resolve()
+    content = json.loads((out / "train/a.json").read_text())
+    assert (out / "train" / content["imagePath"]).resolve() == Path(photos, "a.jpg").resolve()
     assert (content["imageHeight"], content["imageWidth"]) == (60, 80)
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -192,6 +192,24 @@ def test_yolo__pictures_of_one_stem_get_labels_of_their_own(tmp_path: Path) -> N
     assert sum(len(rows) for rows in objects(read_labels(out)).values()) == 3
 
 
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc", "labelme"])
+def test_convert__keeps_pictures_of_one_name_in_two_parts(to: str, tmp_path: Path) -> None:
+    for part, shade in (("train", 0), ("valid", 255)):
+        for folder in ("images", "labels"):
+            (tmp_path / "set" / part / folder).mkdir(parents=True)
+        Image.new("L", (40, 40), shade).save(tmp_path / "set" / part / "images/a.png")
+        (tmp_path / "set" / part / "labels/a.txt").write_text("0 .5 .5 .5 .5\n")
+    (tmp_path / "set/data.yaml").write_text("train: train/images\nval: valid/images\nnames: [thing]\n")
+    out = convert(tmp_path / "set/data.yaml", to, tmp_path / "out")
+    if to == "labelme":
+        shown = [out / Path(file).parent / json.loads(file.read_text())["imagePath"] for file in out.rglob("a.json")]
+    else:
+        truth = (labels := read_labels(out, part="all")).truth()
+        assert sorted(truth.parts.values()) == ["train", "val"] and len(truth.annotations) == 2
+        shown = [labels.root / truth.file_of(image_id) for image_id in truth.sizes]
+    assert sorted(Image.open(path).getpixel((0, 0)) for path in shown) == [0, 255]
+
+
 def test_crowds__are_difficult_in_voc_and_left_out_of_yolo(
     coco: Path, photos: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +230,6 @@ def test_convert__overwrites_nothing_and_leaves_nothing_half_written(coco: Path,
     with pytest.raises(UserError, match="is not empty"):
         main([str(coco), "--to", "yolo", "--out", str(out), "--images", photos])
     Path(photos, "a.jpg").unlink()
-    with pytest.raises(UserError, match=r"1 of 3 pictures are not there \(first: .*a\.jpg\)"):
+    with pytest.raises(UserError, match=r"1 of 3 pictures are not there \(first: .*a\.jpg\); give another --im"):
         main([str(coco), "--to", "yolo", "--out", str(tmp_path / "new"), "--images", photos])
     assert not (tmp_path / "new").exists()

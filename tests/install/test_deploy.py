@@ -66,6 +66,14 @@ def test_deploy__container_and_service_start_the_page_with_existing_flags() -> N
     assert instructions("USER") == ["wordbox"] and instructions("EXPOSE") == ["7860"]
 
 
+def test_the_proxy_limits_what_asks_the_detector_not_what_loads_the_page() -> None:
+    text = (ROOT / "deploy/nginx.conf").read_text(encoding="utf-8")
+    mapped = re.search(r"^map \$request_method (\$\w+) {([^}]+)}", text, re.MULTILINE)
+    limited = re.search(r"^limit_req_zone (\$\w+) ", text, re.MULTILINE)
+    assert mapped is not None and limited is not None and mapped[1] == limited[1]
+    assert dict(re.findall(r"(\S+)\s+(\S+);", mapped[2])) == {"default": '""', "POST": "$binary_remote_addr"}
+
+
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (500, False), (None, False)])
 def test_deploy__the_health_check_recognises_a_page_that_answers(status: int | None, healthy: bool) -> None:
     class Answer(BaseHTTPRequestHandler):
