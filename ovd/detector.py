@@ -145,7 +145,7 @@ class Detector:
             encoder: another image-text encoder that names crops of the boxes, such as
                 ``"open_clip:ViT-B-32:laion2b_s34b_b79k"`` (fetched once) or ``"open_clip:ViT-B-32:FILE"``; see
                 `ovd.with_encoder`.
-            sides: longest sides, in pixels, at which a detector of photographs looks for boxes, such as ``[832, 640, 416]``;
+            sides: longest sides, in pixels, at which a detector of photographs looks for boxes, as ``[832, 640, 416]``;
                 more and larger ones find smaller things in more time. None: as shipped.
             cache_size, text_cache: see the constructor.
 

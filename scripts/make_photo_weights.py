@@ -43,9 +43,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
         Stage(
             name="picodet",
             result=RUNS / "picodet/exported/model.json",
-            commands=[
-                ["scripts/convert_picodet.py", str(picodet), "--out", str(RUNS / "picodet"), "--sides", "640"]
-            ],
+            commands=[["scripts/convert_picodet.py", str(picodet), "--out", str(RUNS / "picodet")]],
         ),
         training("clip-start", "pretrain.train", "photos/lite_clip_start.yaml", RUNS / "lite_clip_start"),
         training("clip", "pretrain.train", "photos/lite_clip.yaml", clip),

@@ -4,7 +4,8 @@ the ranges that their activations have on some photos.
 
 Static quantisation of ONNX Runtime: weights in 8 bits for each output channel, activations in 8 bits for each tensor.
 Of each graph the first convolution, which sees pixels, and those after which no other comes, whose outputs are the
-answer, keep single precision; so do the region head, the text tower, and networks with hard-swish (`UNSUITED`).
+answer, keep single precision; so do the region head, ConSE's network, the text tower, and networks with hard-swish
+(`UNSUITED`).
 """
 
 from __future__ import annotations

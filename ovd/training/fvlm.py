@@ -265,7 +265,7 @@ def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
 
     if model.known and model.conse is not None:
         return Calibration(
-            open_scale=2.5 * logit_scale, open_objectness=2.0, open_area=0.8, open_unknown=0.75, open_conse=0.5
+            open_scale=2.0 * logit_scale, open_objectness=3.0, open_area=0.6, open_unknown=0.75, open_conse=0.5
         )
     if model.known:
         return Calibration(open_scale=1.6 * logit_scale, open_objectness=3.0, open_area=0.6, open_unknown=1.5)
