@@ -127,7 +127,8 @@ def main() -> None:
     for name in detectors if other is not None else ():
         figures[f"{name} over yolo-world"] = compared = ratio(seconds[name], seconds["yolo-world"])
         rows.append((f"{name} / YOLO-World-S v2", show_ratio(compared), "aim: at most .5"))
-    title = f"A new photo of 640x480, {len(options.words.split(','))} words, file to boxes; {options.weights}, {threads} threads"
+    count = len(options.words.split(","))
+    title = f"A new photo of 640x480, {count} words, file to boxes; {options.weights}, {threads} threads"
     report(title, rows, figures, options.json)
 
 
