@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,6 +118,10 @@ class Deferred:
             self._value, self._compute = compute(), None
         assert self._value is not None
         return self._value
+
+    def __reduce__(self) -> tuple[type[Deferred], tuple[Callable[[], Floats]]]:
+        """Pickles and copies hold the array, not what it is computed from."""
+        return Deferred, (partial(np.copy, self()),)
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import cast
@@ -189,6 +190,13 @@ def test_deferred__is_computed_once() -> None:
     deferred = Deferred(lambda: np.array(calls.append(1)))
     assert not calls
     assert deferred() is deferred() and len(calls) == 1
+
+
+def test_deferred__copies_hold_the_array() -> None:
+    regions = region_set(np.eye(2, dtype=np.float32), conse=Deferred(lambda: np.eye(2, dtype=np.float32)))
+    copied = copy.deepcopy(regions).conse
+    assert copied is not None
+    np.testing.assert_array_equal(copied(), np.eye(2))
 
 
 @pytest.fixture
