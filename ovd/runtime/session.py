@@ -30,6 +30,10 @@ class Graph:
             self._session = open_session(self.file, threads=self.threads)
         return self._session.run(outputs, inputs)  # type: ignore[attr-defined]
 
+    def __getstate__(self) -> dict[str, object]:
+        """Sessions cannot be pickled: a copy opens its own."""
+        return {**self.__dict__, "_session": None}
+
 
 def open_session(file: Path, *, threads: int | None = None) -> object:
     """An `onnxruntime.InferenceSession`.

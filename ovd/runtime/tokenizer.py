@@ -9,8 +9,8 @@ again. Ids: the 256 bytes, the same at the end of a word, one for each merge, st
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,10 @@ class BytePairs:
         self.file, self.context_length = file, context_length
         self._letters = byte_letters()
         self._spell = lru_cache(maxsize=20_000)(self._ids_of)
+
+    def __reduce__(self) -> tuple[Callable[[], BytePairs], tuple[()]]:
+        """Caches cannot be pickled: a copy has its own."""
+        return partial(BytePairs, self.file, context_length=self.context_length), ()
 
     @cached_property
     def _tables(self) -> tuple[dict[tuple[str, str], int], dict[str, int]]:

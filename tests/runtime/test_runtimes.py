@@ -25,10 +25,22 @@ from ovd.inference.arrays import unit_rows
 from ovd.modeling.export import read_card
 from ovd.runtime import choice
 from ovd.runtime.choice import Runtime
-from ovd.runtime.files import CARD, EXPORT_FOLDER, PROPOSALS, REGIONS, SOURCES, TEXT, TOWER, find_export, graphs_of
+from ovd.runtime.files import (
+    CARD,
+    CONSE,
+    EXPORT_FOLDER,
+    PROPOSALS,
+    REGIONS,
+    SOURCES,
+    TEXT,
+    TOWER,
+    find_export,
+    graphs_of,
+)
 from ovd.runtime.halve import HALF_FROM
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import UserError
+from tests.detector.test_locks import sent
 from tests.runtime.conftest import PHOTOS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,12 +90,23 @@ def test_runtimes__take_pictures_of_any_shape(by_torch: Detector, by_onnx: Detec
     np.testing.assert_allclose(np.sort(other.objectness), np.sort(one.objectness), atol=1e-3)
 
 
+def test_onnx__detector_and_regions_can_be_sent_to_another_process(exported: Path) -> None:
+    detector = Detector.load(exported, runtime="onnx")
+    expected = detector.find(PHOTOS[0], "espresso, cup")
+    for other in (
+        sent(detector).find(PHOTOS[0], "espresso, cup"),
+        sent(detector.embed(PHOTOS[0])).classify("espresso, cup"),
+    ):
+        assert other.class_name == expected.class_name
+        np.testing.assert_array_equal(other.confidence, expected.confidence)
+
+
 def test_export__has_the_same_weights(exported: Path, by_onnx: Detector) -> None:
     assert read_model_card(exported)["sha256"] == read_model_card(detector_folder("default"))["sha256"]
     assert by_onnx.card["settings"] == read_model_card(detector_folder("default"))["settings"]
 
 
-@pytest.mark.parametrize("file", [PROPOSALS, TOWER, REGIONS, TEXT])
+@pytest.mark.parametrize("file", [PROPOSALS, TOWER, REGIONS, CONSE, TEXT])
 def test_export__graphs_hold_the_stored_weights_exactly(exported: Path, file: str) -> None:
     folder = detector_folder("default")
     stored = set()
