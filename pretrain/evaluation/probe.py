@@ -140,13 +140,12 @@ def evaluate(
     for name in ("linear", "linear_cached"):
         if name in measures:
             begun = time.perf_counter()
-            protocol = PROTOCOLS[options.protocol]
             head = linear_classifier(
                 backbone,
                 train,
                 inputs,
                 classes=classes,
-                protocol=protocol,
+                protocol=PROTOCOLS[options.protocol],
                 epochs=options.epochs,
                 augment=name == "linear",
                 seed=options.seed,
@@ -154,12 +153,9 @@ def evaluate(
             )
             with torch.no_grad():
                 top1 = accuracy(head(x_test), y_test)
-            report[name] = {
-                "top1": top1,
-                "protocol": options.protocol,
-                "epochs": options.epochs or protocol.epochs,
-                "seconds": time.perf_counter() - begun,
-            }
+            epochs = options.epochs or PROTOCOLS[options.protocol].epochs
+            seconds = time.perf_counter() - begun
+            report[name] = {"top1": top1, "protocol": options.protocol, "epochs": epochs, "seconds": seconds}
     if x_train is not None and "few" in measures:
         report["few"] = [
             few_shot_accuracy(x_train, y_train, x_test, y_test, classes=classes, shots=count, seed=options.seed)
