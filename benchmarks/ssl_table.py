@@ -96,7 +96,7 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
         from pretrain.config_views import InputSpec
         from pretrain.evaluation.data import open_data
         from pretrain.evaluation.linear import SMALL
-        from pretrain.evaluation.probe import evaluate
+        from pretrain.evaluation.probe import ProbeOptions, evaluate
         from pretrain.export import read_source
         from pretrain.nets.backbones import build_backbone
 
@@ -111,9 +111,13 @@ def probed(folder: Path, backbone: Path | None, *, seed: int, views: int) -> dic
             network, mean, std = source.network, source.mean, source.std
         train, test, side = open_data("sticker_singles", size=SIZE, views=views)
         return evaluate(
-            network, train, test, InputSpec(side, mean, std), measures=["knn", "linear_cached"], k=20,
-            temperature=0.1, recipe=SMALL, epochs=None, shots=[1], seed=seed, log=print,
-        )  # fmt: skip
+            network,
+            train,
+            test,
+            InputSpec(side, mean, std),
+            ProbeOptions(measures=["knn", "linear_cached"], k=20, protocol=SMALL, seed=seed),
+            log=print,
+        )
 
     return remember(folder / "probe.json", measure)
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,148 +39,20 @@ from pretrain.engine.flags import CommandParser, integer
 if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.evaluation.reliability import Reliability
-    from ovd.evaluation.typed import TypedScene
-    from ovd.formats.labels import Labels
-    from ovd.inference.scorers import CalibratedScorer
     from ovd.inference.scoring import Calibration
-    from ovd.vocabulary import Vocabulary
-    from pretrain.data.stickers import Stickers
-
-ABSENT_WORDS = 10
-FLOOR = 0.02
-
-
-def near_synonyms(stickers: Stickers) -> dict[int, frozenset[int]]:
-    """For each noun, the nouns that a user could mean by it."""
-    near: dict[int, frozenset[int]] = {}
-    for group in stickers.near_synonyms:
-        for member in group:
-            near[member] = near.get(member, frozenset()) | frozenset(group) - {member}
-    return near
-
-
-def typed_scenes(
-    detector: Detector, stickers: Stickers, *, seed: int, count: int, size: int, base_only: bool
-) -> list[TypedScene]:
-    """Regions and words of ``count`` validation-style scenes; with ``base_only`` neither words nor labels are novel."""
-    import numpy as np
-
-    from ovd.evaluation.typed import TypedScene, draw_words
-    from pretrain.data.scenes import SceneSource
-
-    source = SceneSource(stickers, split="val", seed=seed, size=size, length=count)
-    near = near_synonyms(stickers)
-    scenes = []
-    for index in range(count):
-        scene = source.scene(index)
-        typed = np.isin(scene.classes, sorted(stickers.base)) if base_only else np.ones(len(scene.classes), dtype=bool)
-        if not typed.any():
-            continue
-        rng = np.random.default_rng([seed, index])
-        present, absent = draw_words(
-            scene.classes[typed].tolist(),
-            words=sorted(stickers.base) if base_only else range(len(stickers.nouns)),
-            others=scene.classes.tolist(),
-            near=near,
-            absent=ABSENT_WORDS,
-            rng=rng,
-        )
-        scenes.append(
-            TypedScene(
-                regions=detector.embed(scene.image).regions,
-                boxes=scene.boxes[typed],
-                classes=scene.classes[typed],
-                present=present,
-                absent=absent,
-            )
-        )
-    return scenes
-
-
-def measure(
-    scenes: list[TypedScene], scorer: CalibratedScorer, near: dict[int, frozenset[int]]
-) -> tuple[dict[str, float], Reliability]:
-    """Figures of a calibration on some scenes (ECE, absent words, precision and recall), and its reliability."""
-    import numpy as np
-
-    from ovd.evaluation.reliability import reliability, score_drift
-    from ovd.evaluation.typed import average_precision, distractor_scores, draw_words, run_typed
-
-    outcome, threshold = run_typed(scenes, scorer, floor=FLOOR), scorer.calibration.threshold
-    listed = outcome.score >= threshold
-    words = range(len(scorer.rows))
-    distractors = [
-        draw_words(scene.present, words=words, others=[], near=near, absent=80, rng=np.random.default_rng([7, i]))[1]
-        for i, scene in enumerate(scenes)
-    ]
-    drift = score_drift(*distractor_scores(scenes, distractors, scorer))
-    curve = reliability(outcome.score, outcome.correct)
-    return {
-        "scenes": float(len(scenes)),
-        "average_precision": average_precision(outcome),
-        "ece": curve.ece,
-        "absent_words_quiet": float(np.mean(outcome.best_absent < threshold)),
-        "precision_at_threshold": float(outcome.correct[listed].mean()) if listed.any() else float("nan"),
-        "drift_80_words_within_0.05": drift.within,
-        "drift_80_words_mean": drift.mean,
-        "recall_at_threshold": float(outcome.correct[listed].sum() / max(outcome.labels, 1)),
-    }, curve
-
-
-def fit_examples(detector: Detector, stickers: Stickers, scenes: list[TypedScene]) -> Calibration:
-    """Calibration of crops: the words' fit, with one crop of another style for each word.
-
-    Returns:
-        the values in the plain fields, for `Calibration.with_examples`.
-    """
-    import numpy as np
-
-    from ovd.evaluation.examples import class_examples, sticker_crops
-    from ovd.evaluation.fitting import fit_calibration
-    from ovd.inference.example_scorers import centred_on_picture, centred_texts
-    from ovd.inference.scorers import CalibratedScorer
-    from ovd.inference.scoring import Calibration
-
-    typed = frozenset(c for scene in scenes for c in (*scene.present, *scene.absent))
-    crops = sticker_crops(stickers, count=1, classes=typed)
-    background_words = detector.model.background_words
-    rows = np.zeros((len(stickers.nouns), background_words.shape[1]), np.float32)
-    rows[list(crops)] = detector.embed_examples(class_examples(crops))
-    centred_scenes = []
-    for scene in scenes:
-        regions, (centred,) = centred_on_picture(scene.regions, rows)
-        centred_scenes.append(
-            replace(
-                scene,
-                regions=regions,
-                rows=centred,
-                present=tuple(c for c in scene.present if c in crops),
-                absent=tuple(c for c in scene.absent if c in crops),
-            )
-        )
-    scorer = CalibratedScorer(
-        rows=rows, background_words=centred_texts(background_words), background=None, calibration=Calibration()
-    )
-    return fit_calibration(centred_scenes, scorer)
-
-
-def uncalibrated_scorer(detector: Detector, vocabulary: Vocabulary) -> CalibratedScorer:
-    """The uncalibrated scorer of words."""
-    from ovd.inference.scorers import CalibratedScorer
-    from ovd.inference.scoring import Calibration
-
-    return CalibratedScorer(
-        rows=detector.text.embed(vocabulary),
-        background_words=detector.model.background_words,
-        background=detector.model.background,
-        calibration=Calibration(),
-    )
 
 
 def calibrate_on_scenes(args: argparse.Namespace) -> int:
     """Fit on some Sticker Scenes, words and examples; measure on others."""
     from ovd.evaluation.fitting import fit_calibration
-    from ovd.evaluation.prompt_free import prompt_free_figures
+    from ovd.evaluation.prompt_free import prompt_free_figures, with_fitted_prompt_free
+    from ovd.evaluation.scene_calibration import (
+        fit_examples,
+        measure,
+        near_synonyms,
+        typed_scenes,
+        uncalibrated_scorer,
+    )
     from pretrain.data.stickers import Stickers
 
     detector, count, size = load(args), args.scenes, args.size
@@ -202,6 +73,7 @@ def calibrate_on_scenes(args: argparse.Namespace) -> int:
 def calibrate_on_labels(args: argparse.Namespace) -> int:
     """Fit the words' scores on half of the pictures of a data set; measure on the other half."""
     from ovd.evaluation.labelled_scenes import labels_of
+    from ovd.evaluation.scene_calibration import fit_labels
 
     if args.labels or args.part:
         raise UserError(
@@ -213,45 +85,6 @@ def calibrate_on_labels(args: argparse.Namespace) -> int:
     fitted, figures, curve = fit_labels(detector, labels, count=args.scenes)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the pictures")
     return 0
-
-
-def fit_labels(detector: Detector, labels: Labels, *, count: int) -> tuple[Calibration, dict[str, float], Reliability]:
-    """The fit on half of a data set's pictures, at most ``count``, and the figures of `measure` on as many others.
-
-    Raises:
-        UserError: see `labelled_scenes`; or scores without any relation to the labels.
-    """
-    from ovd.evaluation.fitting import fit_calibration
-    from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
-    from ovd.evaluation.prompt_free import prompt_free_figures
-
-    scenes = labelled_scenes(detector, labels, count=count, absent=ABSENT_WORDS)
-    scorer = uncalibrated_scorer(detector, vocabulary_of(scenes, detector))
-    fitted = fit_calibration(scenes.fit, scorer).with_examples(detector.model.calibration.of_examples())
-    if fitted.slope <= 0:  # of a raw score: the better it is, the less likely it is right
-        raise UserError(
-            f"--data {labels.where}: this detector's scores say nothing about these labels (the better a score, the "
-            "less often it is right); train it on such pictures first. Nothing was changed"
-        )
-    fitted = with_fitted_prompt_free(detector, fitted, scenes.fit, scenes.names)
-    figures, curve = measure(scenes.report, replace(scorer, calibration=fitted), {})
-    return fitted, figures | prompt_free_figures(detector, fitted, scenes.report, scenes.names), curve
-
-
-def with_fitted_prompt_free(
-    detector: Detector, fitted: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
-) -> Calibration:
-    """The fit with the threshold of prompt-free detection; prints a warning where the labels do not give one."""
-    from ovd.evaluation.prompt_free import MIN_JUDGED, RIGHT_SHARE, with_prompt_free_threshold
-
-    fitted = with_prompt_free_threshold(detector, fitted, scenes, names)
-    if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
-        print(
-            f"warning: from no score on are {RIGHT_SHARE:.0%} of {MIN_JUDGED} or more answers to 'everything' right by "
-            "these labels; it keeps the default threshold",
-            file=sys.stderr,
-        )
-    return fitted
 
 
 def parser() -> CommandParser:
@@ -328,7 +161,11 @@ def main(argv: list[str]) -> int:
 def calibrate_on_photos(args: argparse.Namespace) -> int:
     """Fit on one half of the photos, measure on the other, then fit on all of them."""
     from ovd.evaluation.photo_calibration import fit, measure, photos_of, prepare, require_boxes
-    from ovd.evaluation.prompt_free import prompt_free_figures, with_prompt_free_threshold
+    from ovd.evaluation.prompt_free import (
+        prompt_free_figures,
+        with_fitted_prompt_free,
+        with_prompt_free_threshold,
+    )
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")

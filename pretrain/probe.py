@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     from pretrain.engine import distributed
     from pretrain.evaluation.data import Subset, open_data
-    from pretrain.evaluation.linear import LARGE, PROTOCOL_OF, PROTOCOLS, SMALL
-    from pretrain.evaluation.probe import evaluate, open_backbone
+    from pretrain.evaluation.linear import PROTOCOLS, protocol_for
+    from pretrain.evaluation.probe import ProbeOptions, evaluate, open_backbone
     from pretrain.nets.backbones import problem_with
 
     if args.out:
@@ -87,7 +87,6 @@ def main(argv: list[str]) -> int:
             )
         if args.limit:
             train, test = Subset(train, args.limit, args.seed), Subset(test, args.limit, args.seed)
-        recipe = args.protocol or (PROTOCOL_OF.get(origin.method, SMALL) if len(train) >= LARGE else SMALL)
         report = {
             "backbone": str(args.run or args.backbone),
             "method": origin.method,
@@ -95,11 +94,22 @@ def main(argv: list[str]) -> int:
             "data": args.data,
             "size": side,
             **evaluate(
-                backbone, train, test, origin.inputs._replace(size=side), measures=args.measures, k=args.k,
-                temperature=args.temperature, recipe=recipe, epochs=args.epochs, shots=args.shots, seed=args.seed,
+                backbone,
+                train,
+                test,
+                origin.inputs._replace(size=side),
+                ProbeOptions(
+                    measures=args.measures,
+                    k=args.k,
+                    temperature=args.temperature,
+                    protocol=args.protocol or protocol_for(origin.method, pictures=len(train)),
+                    epochs=args.epochs,
+                    shots=args.shots,
+                    seed=args.seed,
+                ),
                 log=lambda text: print(text, file=sys.stderr),
             ),
-        }  # fmt: skip
+        }
     if distributed.is_main():
         text = json.dumps(report, indent=2)
         print(text)

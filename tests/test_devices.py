@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from ovd.calibrate import typed_scenes
 from ovd.config_fvlm import ConseConfig, FvlmConfig
 from ovd.data.mosaic import FinetuneSample
 from ovd.data.pooled import OfflineBatch, RegionBatch
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
+from ovd.evaluation.scene_calibration import typed_scenes
 from ovd.evaluation.typed import run_typed
 from ovd.inference.crop_classifier import CropClassifier, DetectorBoxes
 from ovd.inference.detr_regions import OpenVocabularyDetr

@@ -9,6 +9,7 @@ on another object. Any other detection cannot be judged by the labels.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -165,6 +166,20 @@ def with_prompt_free_threshold(
     calibration = replace(calibration, prompt_free_threshold=None)
     threshold = fit_prompt_free_threshold(judge_prompt_free(detector, calibration, scenes, names))
     return replace(calibration, prompt_free_threshold=threshold)
+
+
+def with_fitted_prompt_free(
+    detector: Detector, fitted: Calibration, scenes: Sequence[TypedScene], names: Sequence[str]
+) -> Calibration:
+    """The fit with the threshold of prompt-free detection; prints a warning where the labels do not give one."""
+    fitted = with_prompt_free_threshold(detector, fitted, scenes, names)
+    if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
+        print(
+            f"warning: at no threshold are {RIGHT_SHARE:.0%} of at least {MIN_JUDGED} answers to 'everything' right by "
+            "these labels; the default threshold is kept",
+            file=sys.stderr,
+        )
+    return fitted
 
 
 def prompt_free_figures(

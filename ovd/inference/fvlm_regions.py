@@ -289,7 +289,7 @@ class WordScorer(ManyWordsScorer):
         )
 
     @cached_property
-    def _kinds(self) -> DistinctRows:
+    def _distinct_hyponyms(self) -> DistinctRows:
         return distinct_rows(self.hyponyms)
 
     def __call__(self, regions: RegionSet) -> Floats:
@@ -327,7 +327,7 @@ class WordScorer(ManyWordsScorer):
         head_RK = np.where(self.word_rows.any(axis=1), head_RK, word_RK)
         score_RK = word_RK ** (1 - c.head_weight) * head_RK**c.head_weight
         score_RK = platt_scaled(score_RK, slope=c.slope, offset=c.offset)
-        score_RC = best_of(score_RK, self._kinds.rows)[:, self._kinds.of]
+        score_RC = best_of(score_RK, self._distinct_hyponyms.rows)[:, self._distinct_hyponyms.of]
         return score_RC if self.share is None else score_RC * self.share
 
     def open_scores(self, regions: RegionSet) -> Floats:

@@ -142,7 +142,7 @@ class WordList:
         _, same, number_of = self._columns
         return number_of.get(word, next(iter(same.get(self.meaning_of(word) or word, ())), None))
 
-    def kinds_of(self, phrase: str) -> frozenset[str]:
+    def members_of(self, phrase: str) -> frozenset[str]:
         """Words that the phrase, singular or plural, is a group of."""
         return frozenset(word for form in singulars(folded(phrase)) for word in GROUPS.get(form, ()))
 
@@ -166,7 +166,7 @@ class WordList:
         for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
             line = self.line_of(phrase)
             same[row, below.get(line[0], [])] = True
-            same[row, [number_of[word] for word in self.kinds_of(phrase) if word in number_of]] = True
+            same[row, [number_of[word] for word in self.members_of(phrase) if word in number_of]] = True
             above[row, [number for key in line for number in with_meaning.get(key, [])]] = True
             if (general := self.general_of(phrase)) is not None:
                 indistinct[row, number_of[general]] = True

@@ -20,7 +20,7 @@ def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
 
 
 def box_iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(IoU, generalised IoU) of xyxy boxes, element by element.
+    """(IoU, generalised IoU) of xyxy boxes, element by element (arXiv 1902.09630, algorithm 1).
 
     Args:
         a, b: (…, 4), broadcast over all but the last dimension; insert a dimension in each for all pairs.

@@ -157,12 +157,12 @@ def read_photo_words(config: PhotoWords) -> LabelledPhotos:
     names = dict.fromkeys(os.path.relpath(item.file, config.images) for item in items)
     if missing := require_files(names, config.images, where="data", allowed=BAD_IMAGES_ALLOWED):
         print(f"warning: {missing}", file=sys.stderr)
-    spelt: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    spellings: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     keys = [lexicon.meaning(item.word) or item.word for item in items]
     for key, item in zip(keys, items, strict=True):
-        spelt[key][item.word] += 1
-    number = {key: i for i, key in enumerate(sorted(spelt))}
-    classes = tuple(max(sorted(spelt[key]), key=lambda word: spelt[key][word]) for key in number)
+        spellings[key][item.word] += 1
+    number = {key: i for i, key in enumerate(sorted(spellings))}
+    classes = tuple(max(sorted(spellings[key]), key=lambda word: spellings[key][word]) for key in number)
     return LabelledPhotos(
         items=tuple(items),
         class_ids=tuple(number[key] for key in keys),
@@ -181,8 +181,8 @@ def novel_names(novel: Collection[str], lexicon: Lexicon) -> frozenset[str]:
     if unknown := [word for word in novel if lexicon.meaning(word) is None]:
         raise UserError(f"data.novel: the lexicon does not know {unknown[0]!r}; leave it out with data.leave_out")
     below = lexicon.at_or_below(novel)
-    spelt = (noun for noun, key in lexicon.nouns.items() if key in below)
-    return frozenset((*spelt, *(name for key in below for name in lexicon.meanings[key].names)))
+    spellings = (noun for noun, key in lexicon.nouns.items() if key in below)
+    return frozenset((*spellings, *(name for key in below for name in lexicon.meanings[key].names)))
 
 
 class PhotoWordSource:
@@ -314,17 +314,17 @@ def vocabulary_of(words: LabelledPhotos) -> tuple[list[str], np.ndarray, list[Cl
     number = {name: i for i, name in enumerate(vocabulary)}
     meaning = [lexicon.meaning(name) for name in vocabulary]
     above_of = {key: set(lexicon.above(key)) for key in meaning if key is not None}
-    spared = np.zeros((len(words.classes), len(vocabulary)), bool)
+    not_negative = np.zeros((len(words.classes), len(vocabulary)), bool)
     rows = []
     for row, (word, synonyms, hypernyms) in enumerate(related):
         meaning_of_class = lexicon.meaning(word)
-        spared[row, [number[word], *(number[name] for name in synonyms + hypernyms)]] = True
+        not_negative[row, [number[word], *(number[name] for name in synonyms + hypernyms)]] = True
         if meaning_of_class is not None:
             for column, key in enumerate(meaning):
                 if key is not None and (
                     key == meaning_of_class or key in above_of[meaning_of_class] or meaning_of_class in above_of[key]
                 ):
-                    spared[row, column] = True
+                    not_negative[row, column] = True
         rows.append(
             ClassCaptions(
                 word=number[word],
@@ -332,4 +332,4 @@ def vocabulary_of(words: LabelledPhotos) -> tuple[list[str], np.ndarray, list[Cl
                 hypernyms=tuple(number[n] for n in hypernyms),
             )
         )
-    return vocabulary, spared, rows
+    return vocabulary, not_negative, rows

@@ -50,6 +50,11 @@ SMALL = "swav"
 PROTOCOL_OF = {"moco_v1": "moco", "moco_v2": "moco", "byol_gn": "byol", **{name: name for name in PROTOCOLS}}
 
 
+def protocol_for(method: str, *, pictures: int) -> str:
+    """Name of the method's own protocol; with few training pictures, SwAV's."""
+    return PROTOCOL_OF.get(method, SMALL) if pictures >= LARGE else SMALL
+
+
 def linear_classifier(
     backbone: nn.Module,
     train: ImageSet,

@@ -311,20 +311,21 @@ def test_full_disk__ends_the_run_and_keeps_the_checkpoint(tmp_path: Path) -> Non
 
 
 def test_kill__resumes_to_the_same_end(tmp_path: Path) -> None:
-    source = Numbers(noisy=True)
-    train(Everything(), tmp_path / "whole", source, steps=8, save_every=2)
+    # One thread: a forked child has none of its parent's OpenMP threads, and would wait for them.
+    source, more = Numbers(noisy=True), {"steps": 8, "save_every": 2, "threads": 1}
+    train(Everything(), tmp_path / "whole", source, **more)
     pid = os.fork()
     if pid == 0:  # the child is the run that dies
         try:
             task = Everything()
             task.before = lambda call: os.kill(os.getpid(), signal.SIGKILL) if call == 5 else None
-            train(task, tmp_path / "killed", source, steps=8, save_every=2)
+            train(task, tmp_path / "killed", source, **more)
         finally:
             os._exit(1)
     deadline = time.monotonic() + 60
     while (done := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert os.WIFSIGNALED(done[1]) and os.WTERMSIG(done[1]) == signal.SIGKILL
-    train(Everything(), tmp_path / "killed", source, steps=8, save_every=2, resume=True)
+    train(Everything(), tmp_path / "killed", source, **more, resume=True)
     whole, killed = (content(tmp_path / name / "checkpoints" / "step_8") for name in ("whole", "killed"))
     assert differences(whole, killed) == []

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from ovd.calibrate import fit_labels
 from ovd.config import DataConfig
 from ovd.convert import main as convert
 from ovd.embed import PicturesConfig, make_images
@@ -19,6 +18,7 @@ from ovd.evaluate import main as evaluate
 from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.model import read_data
 from ovd.evaluation.options import EvaluationOptions
+from ovd.evaluation.scene_calibration import fit_labels
 from ovd.training.inputs import labelled_images
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture

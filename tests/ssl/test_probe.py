@@ -330,7 +330,7 @@ def test_probe__the_command_writes_its_report(
     assert "--shots 7: a class has 3 training pictures only" in capsys.readouterr().err
     one = folder_of(tmp_path / "one", {"train": ("a",), "val": ("a",)})
     for more in (["--data", str(one)], ["--limit", "1"]):
-        with pytest.raises(UserError, match="training pictures are of one class, so that nothing is told apart"):
+        with pytest.raises(UserError, match="training pictures are of one class; a probe needs two"):
             probe.main([*command, *more])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DETR's set criterion (arXiv 2005.12872 §3.1): match predictions with targets, then classification and box losses.
+"""DETR's set criterion (arXiv 2005.12872, eq. 2): match predictions with targets, then classification and box losses.
 
 All decoder layers are matched and scored at once; each loss is summed over the layers (auxiliary losses). Classes are
 logits of a closed list, or objectness and an embedding that is compared with texts; text logits are computed for
@@ -25,7 +25,7 @@ from ovd.modeling.detr.structures import DecoderOutput, Targets
 from ovd.modeling.distillation import squared_distillation
 from pretrain.engine import distributed
 
-FOCAL_ALPHA = 0.25  # arXiv 1708.02002; its gamma is 2
+FOCAL_ALPHA = 0.25  # arXiv 1708.02002, eq. 5; its gamma is 2
 
 
 class PredictionHeads(Protocol):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hungarian matching of queries and targets (DETR, arXiv 2005.12872 §3.1), and its costs. Pure torch and scipy.
+"""Hungarian matching of queries and targets (DETR, arXiv 2005.12872, eq. 1), and its costs. Pure torch and scipy.
 
 All layers and images of a step are matched together, so the costs travel to the CPU once. Queries may be grouped: a
 target of group g is then matched with a query of group g only (OV-DETR's way; UP-DETR's released code matches any query
