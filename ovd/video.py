@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -70,14 +71,16 @@ class VideoSource:
         os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: the error below is one line
         log = cv2.utils.logging
         level = log.setLogLevel(log.LOG_LEVEL_SILENT)  # likewise: a missing camera is two lines of warnings
-        capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(text)
+        with _utf_8_name(text) as name_in_utf_8:
+            capture = cv2.VideoCapture(int(text)) if camera else cv2.VideoCapture(name_in_utf_8)
         log.setLogLevel(level)
         if not capture.isOpened():
             kind = f"camera {text}" if camera else text
             raise UserError(f"{kind}: cannot be opened as a video" + ("; is it connected, and free?" if camera else ""))
         live = camera or "://" in text
         frames, rate = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), float(capture.get(cv2.CAP_PROP_FPS))
-        name = f"camera{text}" if camera else Path(text.partition("?")[0]).stem or "stream"
+        named = text.partition("?")[0] if "://" in text else text
+        name = f"camera{text}" if camera else os.fsencode(Path(named).stem).decode(errors="replace") or "stream"
         return cls(
             name=name,
             live=live,
@@ -102,6 +105,20 @@ class VideoSource:
     def close(self) -> None:
         """Give the camera or file back."""
         self.capture.release()
+
+
+@contextmanager
+def _utf_8_name(text: str) -> Iterator[str]:
+    """The same file under a name that OpenCV can take: one whose bytes are no UTF-8 crashes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / f"video{os.fsencode(Path(text).suffix).decode(errors='replace')}"
+            link.symlink_to(os.path.abspath(text))
+            yield str(link)
+        return
+    yield text
 
 
 class VideoWriter:

@@ -130,14 +130,34 @@ def _read_file(file: Path, images: Path | None) -> Labels:
     return Labels(content=content, root=root, kind="coco", where=str(file))
 
 
+_OTHER_TABLES = {
+    ("shapes", "imagePath"): "a file of LabelMe's",
+    ("_via_img_metadata",): "a project of VIA's",
+    ("metainfo", "data_list"): "MMDetection's own JSON",
+    ("labels", "classes"): "FiftyOne's own JSON",
+    ("objects", "size"): "a file of Supervisely's",
+}
+_OTHER_LISTS = {
+    ("image", "annotations"): "CreateML's JSON",
+    ("image", "label"): "Label Studio's own JSON",
+    ("name", "labels"): "BDD100K's JSON",
+    ("filename", "regions"): "an export of VIA's",
+}
+"""Keys of a file, or of its first entry, and the tool that writes them."""
+
+
 def _other_tool(content: object) -> str | None:
     """The tool that wrote labels in a form that is not read; None: they may be COCO's."""
-    if isinstance(content, dict) and {"shapes", "imagePath"} <= content.keys():
-        return "a file of LabelMe's"
-    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(content, dict) and "images" not in content:
+        first = next(iter(content.values()), None)
+        tables = [name for keys, name in _OTHER_TABLES.items() if content.keys() >= set(keys)]
+    else:
+        first = content[0] if isinstance(content, list) and content else None
+        tables = []
     if isinstance(first, dict) and isinstance(first.get("data"), dict):
         return "Label Studio's own JSON"
-    return None
+    lists = [name for keys, name in _OTHER_LISTS.items() if isinstance(first, dict) and first.keys() >= set(keys)]
+    return next(iter((*tables, *lists)), None)
 
 
 def _pictures_of(file: Path, content: object) -> Path:

@@ -241,8 +241,9 @@ def _images(
             parts[image_id] = part
     if len({type(i) for i in sizes}) > 1:
         raise UserError(f"{where}: some image ids are numbers and some are strings; use one type.")
-    if repeated := len(files) - len(set(files.values())):
-        twice = next(name for name, count in Counter(files.values()).items() if count > 1)
+    named = Counter(map(os.path.normpath, files.values()))
+    if repeated := len(files) - len(named):
+        twice = next(name for name, count in named.items() if count > 1)
         warnings.append(
             f"{repeated} images name a file that another image names, too (first: {twice}): the objects of one are "
             "background in the other; give them one id"
@@ -382,7 +383,7 @@ def _annotation(
     elif not is_number(area) or area < 0:
         raise UserError(f"{entry}: area must be a number ≥ 0, is {area!r}.")
     odd["flat"] += area < 1 < box[2] * box[3]
-    odd["wide"] += area > 1.1 * box[2] * box[3] + 1
+    odd["wide"] += area > 1.1 * box[2] * box[3] + 1 > 1
     one["area"] = area
     if (score := a.get("score")) is not None:
         if not is_number(score) or not 0 <= score <= 1:

@@ -210,6 +210,8 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such weight file")
     refuse_lfs_pointer(path)
+    if any("\udc80" <= character <= "\udcff" for character in str(path)):
+        raise UserError(f"{path}: safetensors opens names in UTF-8 alone; rename the file, or the folder that it is in")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

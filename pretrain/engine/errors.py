@@ -14,6 +14,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -190,4 +191,7 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
         sys.exit(EXIT_USER_ERROR)
     finally:
         gc.freeze()  # the process ends: without it all that is loaded, torch too, is searched for garbage once more
+        if argv is None:  # the work is done: a signal that comes now ends the process, not with a traceback
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
     sys.exit(0 if status is None else status)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,3 +301,16 @@ def test_is_video__not_a_folder(tmp_path: Path) -> None:
 )
 def test_is_video__by_extension_index_or_url(text: str, expected: bool) -> None:
     assert is_video(text) is expected
+
+
+def test_a_video_whose_name_is_no_utf_8_is_read(tmp_path: Path) -> None:
+    """OpenCV crashed on it: the process was gone without a word."""
+    plain = tmp_path / "plain.avi"
+    writer = cv2.VideoWriter(str(plain), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))  # type: ignore[attr-defined]
+    for grey in range(3):
+        writer.write(np.full((48, 64, 3), 40 * grey, np.uint8))
+    writer.release()
+    odd = tmp_path / os.fsdecode(b"caf\xe9 1?.avi")
+    plain.rename(odd)
+    with contextlib.closing(VideoSource.open(str(odd))) as source:
+        assert len(list(source)) == 3 and source.name == "caf\ufffd 1?"

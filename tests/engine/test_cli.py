@@ -8,8 +8,10 @@ import importlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -301,6 +303,7 @@ def test_run_cli__exits_with_what_main_returns(returned: int | None, code: int) 
 
 def test_run_cli__takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["prog", "x"])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the process of the tests goes on
     assert status(lambda argv: len(argv)) == 1
 
 
@@ -458,3 +461,28 @@ def test_warnings__only_deprecated_calls_inside_libraries_are_silenced() -> None
         warnings.warn("torch.meshgrid: in an upcoming release, it will be required", UserWarning, stacklevel=1)
         warnings.warn("weights are half of what they were", UserWarning, stacklevel=1)
     assert [str(one.message) for one in seen] == ["weights are half of what they were"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_cli__a_signal_after_the_work_ends_without_a_traceback(number: signal.Signals) -> None:
+    """Threads and libraries take their time to end; Ctrl-C then printed `Exception ignored in …`."""
+    code = (
+        "import signal, sys, threading, time\n"
+        "from pretrain.engine.errors import run_cli\n"
+        "def main(argv):\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "    print('done', flush=True)\n"
+        "run_cli(main)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout is not None and process.stdout.readline() == "done\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == "" and process.returncode == -number

@@ -167,6 +167,16 @@ def test_coco__a_picture_with_two_ids_is_reported(tmp_path: Path) -> None:
     assert "1 images name a file that another" in "\n".join(read_labels(file, images=tmp_path).truth().warnings)
 
 
+def test_coco__a_picture_named_in_two_ways_is_counted(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"].append({**content["images"][0], "id": 9, "file_name": "./" + content["images"][0]["file_name"]})
+    file = make_coco(tmp_path)
+    file.write_text(json.dumps(content))
+    assert "1 images name a file that another image names" in " ".join(
+        read_labels(file, images=tmp_path / "photos").truth().warnings
+    )
+
+
 def test_yolo__another_folder_of_pictures_than_its_own_is_refused(tmp_path: Path) -> None:
     yolo(tmp_path)
     with pytest.raises(UserError, match=r"elsewhere: .* itself says where"):
@@ -206,6 +216,14 @@ def test_yolo__pictures_that_data_yaml_has_no_split_for_are_reported(
     [
         ({"version": "5.5.0", "shapes": [], "imagePath": "a.jpg"}, "LabelMe's"),
         ([{"id": 1, "data": {"image": "/data/upload/a.jpg"}, "annotations": []}], "Label Studio's own JSON"),
+        ([{"image": "/data/upload/a.jpg", "label": [{"x": 1}]}], "Label Studio's own JSON"),
+        ([{"image": "a.jpg", "annotations": [{"label": "cat", "coordinates": {}}]}], "CreateML's JSON"),
+        ([{"name": "a.jpg", "labels": [{"category": "car"}]}], "BDD100K's JSON"),
+        ({"_via_settings": {}, "_via_img_metadata": {}}, "a project of VIA's"),
+        ({"a.jpg123": {"filename": "a.jpg", "size": 123, "regions": []}}, "an export of VIA's"),
+        ({"metainfo": {"classes": ["cat"]}, "data_list": []}, "MMDetection's own JSON"),
+        ({"classes": ["cat"], "labels": {"a": {"detections": []}}}, "FiftyOne's own JSON"),
+        ({"description": "", "size": {"height": 80}, "objects": []}, "a file of Supervisely's"),
         ({**coco_content(), "annotations": [{"image_id": 1, "segments_info": []}]}, "a panoptic segmentation"),
         ({**coco_content(), "annotations": [{"image_id": 1, "caption": "a cat"}]}, "a caption"),
     ],

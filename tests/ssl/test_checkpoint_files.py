@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ def test_checkpoint_file__a_git_lfs_pointer_is_distinguished_from_damage(tmp_pat
     (tmp_path / name).write_text(POINTER)
     with pytest.raises(UserError, match=r"a pointer of Git LFS, not the file itself; fetch it with `git lfs pull`"):
         read(tmp_path / name)
+
+
+def test_checkpoint_file__a_name_that_is_no_utf_8_is_not_called_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    save_file(TENSORS, tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").rename(folder / "w.safetensors")
+    with pytest.raises(UserError, match="safetensors opens names in UTF-8 alone; rename the file, or the folder"):
+        load_weights(folder / "w.safetensors")
 
 
 def test_checkpoint_file__a_bare_pickle_is_refused(tmp_path: Path) -> None:
