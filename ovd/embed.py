@@ -111,7 +111,11 @@ class EmbedConfig(Section):
         128, ge=1, le=100_000, description="Pictures per shard, the unit of work and of loss."
     )
     batch_size: int = Field(
-        256, ge=1, le=65536, description="Crops per forward of the encoder.", json_schema_extra=FREE
+        256,
+        ge=1,
+        le=65536,
+        description="Crops per forward of the encoder; on a CPU at most 32.",
+        json_schema_extra=FREE,
     )
     processes: int = Field(1, ge=1, le=256, description="Local processes that share the work.", json_schema_extra=FREE)
     threads: int | None = Field(
