@@ -108,7 +108,13 @@ class EmbedConfig(Section):
     crops: CropsConfig = Field(CropsConfig(), description="box to crop to embedding")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the encoder")
     images_per_shard: int = Field(128, ge=1, le=100_000, description="pictures per shard, the unit of work and of loss")
-    batch_size: int = Field(256, ge=1, le=65536, description="crops per forward of the encoder", json_schema_extra=FREE)
+    batch_size: int = Field(
+        256,
+        ge=1,
+        le=65536,
+        description="crops per forward of the encoder; on a CPU at most 32",
+        json_schema_extra=FREE,
+    )
     processes: int = Field(1, ge=1, le=256, description="local processes that share the work", json_schema_extra=FREE)
     threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads per process; null: leave it to torch", json_schema_extra=FREE

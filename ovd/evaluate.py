@@ -79,6 +79,7 @@ def evaluate_model(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
 
     started = time.process_time()
     run = run_model(options, on_image=_show_progress)
+    written: list[Path] = []
     if options.out:
         annotations = run.gt if run.generated else None
         for name, content in (
@@ -86,7 +87,8 @@ def evaluate_model(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
         ):  # fmt: skip
             if content is not None:
                 text = json.dumps(content, ensure_ascii=False, allow_nan=False)
-                write_atomically(Path(options.out) / f"{name}.json", text.encode())
+                written.append(Path(options.out) / f"{name}.json")
+                write_atomically(written[-1], text.encode())
     if _federated(options, run.gt):
         metrics = evaluate_lvis(run.gt, run.results, run.split, options.iou_types, proposals=run.proposals)
     else:
@@ -95,7 +97,7 @@ def evaluate_model(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
         )
     metrics.dataset_sha256 = run.dataset_sha256
     record = run.record | {"cpu_seconds": round(time.process_time() - started, 1)}
-    _report(metrics, options, argv, record)
+    _report(metrics, options, argv, record, written=written)
     if run.results is not None:
         name = f"{options.weights} + {options.encoder}" if options.encoder else str(options.weights)
         _draw(metrics, options, run.gt, run.results, name)
@@ -172,8 +174,15 @@ def _show_progress(done: int, total: int) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _report(metrics: Metrics, options: EvaluationOptions, argv: Sequence[str], record: Mapping[str, object]) -> None:
-    """Print warnings and table; write the files of `--out`."""
+def _report(
+    metrics: Metrics,
+    options: EvaluationOptions,
+    argv: Sequence[str],
+    record: Mapping[str, object],
+    *,
+    written: Sequence[Path] = (),
+) -> None:
+    """Print warnings and table; write the files of `--out`, and name them behind those that are written already."""
     from ovd.evaluation import report
 
     for warning in metrics.warnings:
@@ -185,7 +194,7 @@ def _report(metrics: Metrics, options: EvaluationOptions, argv: Sequence[str], r
             paths = report.write(metrics, Path(options.out), command=command, extra=record)
         except OSError as err:
             raise UserError(f"cannot write to {options.out}: {err.strerror}.") from err
-        print("written: " + ", ".join(shlex.quote(str(p)) for p in paths))
+        print("written: " + ", ".join(shlex.quote(str(p)) for p in (*written, *paths)))
 
 
 if __name__ == "__main__":

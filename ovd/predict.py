@@ -38,7 +38,7 @@ from ovd.picture_files import PictureFiles
 from ovd.predict_video import is_video, predict_videos, videos_in
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
 from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten
-from pretrain.engine.files import alone_in, fitting_name, read_json, sha256_of, write_atomically
+from pretrain.engine.files import alone_in, fitting_name, read_json, sha256_of, write_atomically, write_problem
 from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def predict(
             )
             _write_results(out, parts, pictures.ids, query, failed)
     except OSError as problem:
-        raise UserError(f"{out}: cannot write there: {problem.strerror or problem}") from problem
+        raise UserError(f"{out}: cannot write there: {write_problem(problem, out)}") from problem
     if failed:
         print(
             f"{len(failed)} of {len(pictures)} pictures could not be used; see {out / 'failed.json'}", file=sys.stderr

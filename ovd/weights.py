@@ -306,7 +306,7 @@ def read_model_card(folder: Path) -> ModelCard:
 
 
 def trained_words(weights: str) -> list[str]:
-    """The words that a detector was trained on: its classes (of photographs COCO's 80), then its background words.
+    """The words that a detector was trained on: fine-tuned classes, its classes (of photographs COCO's 80), its bank.
 
     Raises:
         UserError: no such weights, or some that know no words.
@@ -316,7 +316,8 @@ def trained_words(weights: str) -> list[str]:
     words = card.get("classes") if isinstance(card, dict) else None
     if not isinstance(words, list) or not words:
         raise UserError(f"{weights}: no detector with words; wordbox weights list shows what there is")
-    return list(dict.fromkeys(str(word) for word in [*words, *card.get("bank", ())]))
+    finetuned = [name for branch in card.get("own", ()) for name in branch["names"]]
+    return list(dict.fromkeys(str(word) for word in [*finetuned, *words, *card.get("bank", ())]))
 
 
 def add_weights(source: Path, name: str, root: Path | None = None) -> Weights:

@@ -211,6 +211,22 @@ def locked_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def write_problem(problem: OSError, folder: Path) -> str:
+    """What kept a folder from being written; where it is somebody else's, whose, and who writes.
+
+    Args:
+        problem: as the system reports it.
+        folder: that was to be written, whether it is there or not.
+    """
+    text = problem.strerror or str(problem)
+    if not isinstance(problem, PermissionError) or not hasattr(os, "getuid"):
+        return text
+    nearest = next((path for path in (folder, *folder.parents) if os.path.exists(path)), None)
+    if nearest is None or (owner := nearest.stat().st_uid) == os.getuid():
+        return text
+    return f"{text}; {nearest} belongs to user {owner}, and this command runs as user {os.getuid()}"
+
+
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Make a folder for results and lock it, so that two commands do not mix their results.
@@ -221,7 +237,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot write there: {error.strerror or error}") from error
+        raise UserError(f"{folder}: cannot write there: {write_problem(error, folder)}") from error
     with locked_folder(folder, wait=False) as alone:
         if not alone:
             raise UserError(f"{folder}: another command writes there; wait for it, or give another --out")

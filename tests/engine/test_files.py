@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import fitting_name, read_json, require_writable, whole_folder, write_atomically
+from pretrain.engine.files import (
+    fitting_name,
+    read_json,
+    require_writable,
+    whole_folder,
+    write_atomically,
+    write_problem,
+)
 
 
 def test_read_json__utf_8(tmp_path: Path) -> None:
@@ -140,3 +147,13 @@ for _ in range(50):
     problems = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], problems
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_of_somebody_else_is_named_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    assert write_problem(refused, tmp_path / "new/found") == "Permission denied"  # this user's own, but read-only
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    text = f"{tmp_path} belongs to user {owner}, and this command runs as user {owner + 1}"
+    assert write_problem(refused, tmp_path / "new/found") == f"Permission denied; {text}"
+    assert write_problem(OSError(errno.ENOSPC, "No space left on device"), tmp_path) == "No space left on device"

@@ -261,7 +261,9 @@ def test_command__written_files_reproduce_the_metrics(
     first = json.loads((out / "metrics.json").read_text())
     assert first["metrics"]["bbox/AP50_novel"] == pytest.approx(1.0)
     assert first["run"]["weights_sha256"] == "0" * 64
-    assert "AP50" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    written = {part.strip() for part in printed.partition("written: ")[2].splitlines()[0].split(",")}
+    assert "AP50" in printed and written == {str(path) for path in out.iterdir()}
     again = folder / "again"
     files = ["--annotations", str(annotations), "--predictions", str(out / "results.json")]
     assert main([*files, *split, "--out", str(again)]) == 0

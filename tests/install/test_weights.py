@@ -48,6 +48,9 @@ def test_words__of_a_detector_are_printed(tmp_path: Path, capsys: pytest.Capture
     )  # as a detector of photographs
     assert main(["words", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "dog\nlamp\n"
+    (tmp_path / "model.json").write_text('{"classes": ["dog"], "own": [{"names": ["my mug"]}, {"names": ["dog"]}]}')
+    assert main(["words", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "my mug\ndog\n"  # fine-tuned ones first
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(UserError, match="no detector with words"):
         main(["words", str(tmp_path)])

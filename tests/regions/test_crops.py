@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ovd.regions.crops import crop_regions, embed_crops, embed_regions
+from ovd.regions.crops import CPU_CROPS, crop_regions, embed_crops, embed_regions
 from ovd.regions.cutting import expand_boxes
 from ovd.regions.proposals import resize_boxes
 from pretrain.engine.errors import UserError
@@ -218,6 +218,15 @@ def test_crop_embedding__does_not_depend_on_the_batch() -> None:
     whole = embed_regions(TinyEncoder(), photo(), boxes, batch_size=1000)
     pieces = embed_regions(TinyEncoder(), photo(), boxes, batch_size=7)
     assert torch.allclose(whole, pieces, atol=1e-6)
+
+
+def test_crop_embedding__takes_few_crops_at_once_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, forwards = TinyEncoder(), []
+    encode = encoder.encode_image
+    monkeypatch.setattr(encoder, "encode_image", lambda pixels: forwards.append(len(pixels)) or encode(pixels))
+    boxes = np.array([[2.0 * i, 1.0 * i, 2.0 * i + 40, 1.0 * i + 30] for i in range(50)])
+    embed_regions(encoder, photo(), boxes, scales=(1.0,))
+    assert sum(forwards) == 50 and max(forwards) == CPU_CROPS
 
 
 def test_crop_embedding__can_be_trained_against() -> None:
