@@ -222,7 +222,7 @@ JPEG_KINDS: list[dict[str, object]] = [
 
 @pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_jpeg_that_was_cut_and_closed_is_refused(mode: str, options: dict[str, object]) -> None:
+def test_jpeg__truncated_and_closed_is_refused(mode: str, options: dict[str, object]) -> None:
     """libjpeg fills what is missing with grey, and Pillow drops its warning."""
     data = encode(photo(mode), "JPEG", **options)
     for share in (0.4, 0.6) if "progressive" in options else (0.4, 0.7, 0.95):
@@ -236,7 +236,7 @@ def test_a_jpeg_that_was_cut_and_closed_is_refused(mode: str, options: dict[str,
 
 @pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_whole_jpeg_that_ends_in_grey_is_read(mode: str, options: dict[str, object]) -> None:
+def test_jpeg__a_whole_one_that_ends_in_grey_is_read(mode: str, options: dict[str, object]) -> None:
     """The grey of missing pixels is a colour like others, and bytes behind the end belong to nobody."""
     for size, grey_from in (((1, 1), 0), ((7, 9), 0), ((100, 64), 32), ((250, 131), 0)):
         picture = photo().resize(size)
@@ -247,7 +247,7 @@ def test_a_whole_jpeg_that_ends_in_grey_is_read(mode: str, options: dict[str, ob
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-def test_a_webp_whose_end_was_never_copied_is_refused(lossless: bool) -> None:
+def test_webp__a_truncated_one_is_refused(lossless: bool) -> None:
     data = encode(photo(), "WEBP", lossless=lossless)
     kept = len(data) // 2
     with pytest.raises(BadImageError, match="its end is missing"):

@@ -303,7 +303,7 @@ def test_is_video__by_extension_index_or_url(text: str, expected: bool) -> None:
     assert is_video(text) is expected
 
 
-def test_a_video_whose_name_is_no_utf_8_is_read(tmp_path: Path) -> None:
+def test_video__a_name_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
     """OpenCV crashed on it: the process was gone without a word."""
     plain = tmp_path / "plain.avi"
     writer = cv2.VideoWriter(str(plain), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))  # type: ignore[attr-defined]

@@ -149,7 +149,7 @@ for _ in range(50):
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_a_folder_of_somebody_else_is_named_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_folder__is_named_with_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = PermissionError(errno.EACCES, "Permission denied")
     assert write_problem(refused, tmp_path / "new/found") == "Permission denied"  # this user's own, but read-only
     owner = os.getuid()

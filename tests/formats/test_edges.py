@@ -63,7 +63,7 @@ def test_data_yaml__a_key_that_stands_twice_is_refused(names: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.json", '{"0": "a", "0": "b"}'), ("a.yaml", "names: [a]\nnames: [b]")])
-def test_a_word_list_with_a_key_twice_is_refused(name: str, text: str, tmp_path: Path) -> None:
+def test_word_list__a_duplicate_key_is_refused(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=rf"{name}: .*the key '(0|names)' stands twice"):
         Vocabulary.load(tmp_path / name)

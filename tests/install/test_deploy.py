@@ -66,7 +66,7 @@ def test_deploy__container_and_service_start_the_page_with_existing_flags() -> N
     assert instructions("USER") == ["wordbox"] and instructions("EXPOSE") == ["7860"]
 
 
-def test_the_proxy_limits_what_asks_the_detector_not_what_loads_the_page() -> None:
+def test_nginx__limits_uploads_and_queries_but_not_the_page() -> None:
     text = (ROOT / "deploy/nginx.conf").read_text(encoding="utf-8")
     mapped = re.search(r"^map \$request_method (\$\w+) {([^}]+)}", text, re.MULTILINE)
     limited = re.search(r"^limit_req_zone (\$\w+) ", text, re.MULTILINE)

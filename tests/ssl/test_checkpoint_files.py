@@ -91,7 +91,7 @@ def test_checkpoint_file__a_bare_pickle_is_refused(tmp_path: Path) -> None:
         (torch.full((2, 3), torch.nan), r"values that are no numbers \(NaN\)"),
     ],
 )
-def test_tensors_that_are_not_plain_or_hold_nan_are_refused_by_name(
+def test_checkpoint_file__special_tensors_and_nan_are_refused_by_name(
     tmp_path: Path, odd: torch.Tensor, kind: str
 ) -> None:
     torch.save({**TENSORS, "b.weight": odd}, tmp_path / "c.pth")
@@ -104,7 +104,7 @@ def resnet() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.complex64, torch.float8_e4m3fn])
-def test_numbers_that_are_no_weights_are_refused(dtype: torch.dtype) -> None:
+def test_checkpoint_file__integers_and_complex_numbers_are_refused(dtype: torch.dtype) -> None:
     """They were converted to floats: a quantised network became noise."""
     name = "layer1.0.conv1.weight"
     odd = {**resnet(), name: resnet()[name].to(dtype)}
@@ -116,7 +116,7 @@ def test_numbers_that_are_no_weights_are_refused(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_floats_are_weights(dtype: torch.dtype) -> None:
+def test_checkpoint_file__other_floats_are_weights(dtype: torch.dtype) -> None:
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in resnet().items()}
     assert {value.dtype for value in find_resnet(state, source="x").state.values()} == {torch.float32}
 
@@ -124,12 +124,12 @@ def test_other_floats_are_weights(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "more", ["layer3.2.conv1.weight", "layer1.0.se.fc1.weight", "layer2.0.conv1.bias", "conv1.bias"]
 )
-def test_a_deeper_network_is_not_cut_to_a_known_one(more: str) -> None:
+def test_checkpoint_file__a_deeper_network_is_refused(more: str) -> None:
     """A ResNet-152 was taken for a ResNet-101, and a network with attention for one without."""
     with pytest.raises(UserError, match=rf"x: no ResNet-18, .* 1 tensors of its stages have no place, such as {more}"):
         find_resnet({**resnet(), more: torch.zeros(64)}, source="x")
 
 
-def test_values_that_are_not_finite_are_refused_by_name() -> None:
+def test_checkpoint_file__values_that_are_not_finite_are_refused_by_name() -> None:
     with pytest.raises(UserError, match=r"x: bn1\.running_var holds values that are not finite"):
         find_resnet({**resnet(), "bn1.running_var": torch.full((64,), torch.inf)}, source="x")

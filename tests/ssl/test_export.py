@@ -326,14 +326,14 @@ def test_backbone_export__the_command_writes_a_folder_once(tmp_path: Path, capsy
         main([str(out), "--to", "torchvision", "--out", str(tmp_path / "other")])
 
 
-def test_two_exports_do_not_write_one_folder(tmp_path: Path) -> None:
+def test_export__two_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
     folder_of(tmp_path / "run" / "exported", name="resnet18", stem="small")
     with alone_in(tmp_path / "out"), pytest.raises(UserError, match="out: another command writes there"):
         main([str(tmp_path / "run"), "--to", "torchvision", "--out", str(tmp_path / "out")])
     assert not any((tmp_path / "out").iterdir())
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export__a_failed_one_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
