@@ -23,7 +23,8 @@ from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict, cast
 
-from ovd.runtime.files import read_runtime_card
+from ovd.runtime.files import CARD as RUNTIME_CARD
+from ovd.runtime.files import SOURCES, read_runtime_card, sources_of
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
 from pretrain.engine.files import (
     EXPORTED,
@@ -301,8 +302,16 @@ def read_model_card(folder: Path) -> ModelCard:
     weights = folder / "model.safetensors"
     card["sha256"] = sha256_of(weights) if weights.is_file() else read_runtime_card(folder).sources[weights.name]
     if (folder / "model.json").is_file():
-        card["settings"] = sha256_of(folder / "model.json")  # architecture, encoder, calibration
+        card["settings"] = _settings(folder)
     return card
+
+
+def _settings(folder: Path) -> str:
+    """sha256 of a detector's architecture, encoder and calibration, and of its files beside ``model.safetensors``."""
+    is_export = (folder / RUNTIME_CARD).is_file()
+    sources = read_runtime_card(folder).sources if is_export else sources_of(folder, ())
+    others = [sources[name] for name in SOURCES[1:] if name in sources]
+    return hashlib.sha256(" ".join([sha256_of(folder / "model.json"), *others]).encode()).hexdigest()
 
 
 def trained_words(weights: str) -> list[str]:

@@ -33,6 +33,7 @@ from pretrain.engine.errors import UserError, run_cli
 from pretrain.engine.files import sha256_of
 
 LEAST = 256  # bytes of a tensor that is cut out
+TENSORS = [name for name in SOURCES if name.endswith(".safetensors")]
 ALIKE = 0.05  # share of a tensor's bytes that may be patched
 RANGES_OF = "64 scenes of the validation part of the photographs that the weights were chosen on"
 
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
     options = flags.parse_args(argv)
     folder = detector_folder(DEFAULT)
     archive, root = graphs_of(folder), folder.parent
-    stored = [*(f"{folder.name}/{name}" for name in SOURCES), f"{read_card(folder).encoder}/model.safetensors"]
+    stored = [*(f"{folder.name}/{name}" for name in TENSORS), f"{read_card(folder).encoder}/model.safetensors"]
     sources = tensors_of(root, stored)
     with tempfile.TemporaryDirectory() as temporary:
         exported = export(DEFAULT, Path(temporary, folder.name))

@@ -42,7 +42,7 @@ CONSE = "conse.onnx"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
 COPIED = ("model.json", "card.json", "card.md")
 """Files that an export has from the folder of its weights."""
-SOURCES = ("model.safetensors", "proposals/model.safetensors", "conse.safetensors")
+SOURCES = ("model.safetensors", "proposals/model.safetensors", "proposals/model.json", "conse.safetensors")
 """Files of a detector of photographs that its export is made of, beside its encoder and branches."""
 
 

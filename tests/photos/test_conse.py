@@ -21,6 +21,8 @@ from ovd.inference.scoring import Deferred, RegionSet
 from ovd.modeling.fvlm.conse import RegionConse
 from ovd.modeling.fvlm.tower import FrozenTower
 from ovd.runtime.export import export_onnx
+from ovd.runtime.files import sources_of
+from ovd.weights import read_model_card
 from pretrain import train
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.config_photos import ConseShare, TimmTower
@@ -261,3 +263,14 @@ def test_region_conse__wrong_network_is_named(trained: Path, tmp_path: Path, cha
 def test_region_conse__needs_known_words(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="conse scores words that the proposal network does not know"):
         ovd_train.main([*arguments(trained), f"out={tmp_path}/run", "model.conse={}", "model.known=false"])
+
+
+@pytest.mark.parametrize("file", ["conse.safetensors", "proposals/model.safetensors", "proposals/model.json"])
+def test_settings__cover_every_file_of_a_detector(with_conse: Path, file: str) -> None:
+    """What `predict` and Label Studio's backend keep is of these weights only, and so is an export beside them."""
+    before, sources = read_model_card(with_conse), sources_of(with_conse, ())
+    with open(with_conse / file, "ab") as stream:
+        stream.write(b" ")
+    after = read_model_card(with_conse)
+    assert before["sha256"] == after["sha256"] and before["settings"] != after["settings"]
+    assert sources != sources_of(with_conse, ())
