@@ -38,12 +38,14 @@ def draw_detections(pixels: NDArray[np.uint8], detections: Detections, *, masks:
                 canvas[mask] = (canvas[mask] * 0.6 + colour * 0.4 + 0.5).astype(np.uint8)
     image = Image.fromarray(canvas)
     pen = ImageDraw.Draw(image)
-    line = max(2, round(min(height, width) / 200))
-    size = max(11, round(min(height, width) / 32))
+    widest = max(2, round(min(height, width) / 200))
+    largest = max(11, round(min(height, width) / 32))
     for i in reversed(range(len(detections))):
         style = styles[detections.class_id[i]]
         x1, y1, x2, y2 = (float(v) for v in detections.xyxy[i])
         corners = (round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1))
+        side = max(x2 - x1, y2 - y1)  # a frame and a label must not hide what is small in a large picture
+        line, size = min(widest, max(2, round(side / 20))), min(largest, max(16, round(side / 4)))
         pen.rectangle(corners, outline="white", width=line + 2)
         pen.rectangle(corners, outline=style.colour, width=line)
         text = f"{detections.class_name[i]} {detections.confidence[i]:.2f}"

@@ -280,6 +280,14 @@ def test_drawing__boxes_across_the_border() -> None:
     assert drawn.shape == pixels.shape and (pixels == picture()).all()
 
 
+@pytest.mark.parametrize(("side", "most"), [(40, 75), (1000, 1080)])
+def test_drawing__labels_of_small_objects_in_large_pictures_are_small(side: int, most: int) -> None:
+    found = make_detector().embed(picture([("red", 0, 0, 160, 120)])).classify("red")
+    found.xyxy[0] = [900.0, 900.0, 900.0 + side, 900.0 + side]
+    rows = draw_detections(np.zeros((2000, 2000, 3), np.uint8), found, masks=False).any((1, 2)).nonzero()[0]
+    assert side < rows.max() - rows.min() < most
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
