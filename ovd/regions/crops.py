@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # Crops per forward on a CPU. More need memory for activations (17 MB a crop in an EfficientNet-Lite2) and time, as they
-# leave the caches: of 96 crops all at once took 10.7 s and 2.6 GB, 32 at once 8.1 s and 1.6 GB, to the same bits.
+# leave the caches: of 96 crops all at once took 10.7 s and 2.6 GB, 32 at once 8.1 s and 1.6 GB.
 CPU_CROPS = 32
 
 
