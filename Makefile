@@ -81,12 +81,12 @@ $(VENV)/.python $(LIGHT)/.python:
 # too: without --no-build-isolation pip would fetch the newest setuptools for it, unchecked.
 LOCKED := PIP_USE_PEP517=1 $(PIP) install --require-hashes --no-build-isolation
 
-$(VENV)/.installed: $(VENV)/.python requirements.lock pyproject.toml scripts/build_detectron2.py
+$(VENV)/.installed: $(VENV)/.python requirements.lock pyproject.toml ovd/build_detectron2.py
 	grep '^setuptools==' requirements.lock > $(VENV)/setuptools.lock
 	$(LOCKED) --no-deps -r $(VENV)/setuptools.lock
 	$(LOCKED) -r requirements.lock
 	$(PIP) install --no-deps --no-build-isolation --quiet --editable .
-	$(BIN)/python scripts/build_detectron2.py
+	$(BIN)/python -m ovd.build_detectron2
 	@touch $@
 
 # The graphs of the default detector are put together from its weights, which takes a second.

@@ -163,7 +163,7 @@ def check_detectron2(
     Args:
         probe: code that prints the version; it runs in another process, so a crash in it ends up in the report.
     """
-    build = f"`{Path(sys.executable)} scripts/build_detectron2.py`"
+    build = f"`{Path(sys.executable)} -m ovd.build_detectron2`"
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:
         detail = "not installed: training and detectors in torch need it"

@@ -18,6 +18,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +29,9 @@ MACHINE_FAULTS = frozenset({
 _CONTROLS = re.compile("\n(?!  )|[\0-\x08\x0b-\x1f\x7f\x80-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of which Path has left one slash; C:/ has one letter
 NEEDS_TORCH = 'pip install "wordbox[train]"'
-"""The line that brings torch and all that trains."""
+"""The line that brings torch and all that trains but Detectron2."""
+NEEDS_DETECTRON2 = "python -m ovd.build_detectron2"
+"""The line that brings Detectron2, which no package index has."""
 TRAINING_PACKAGES = frozenset({"detectron2", "fvcore", "open_clip", "scipy", "timm", "torch", "torchvision"})
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
@@ -168,7 +171,9 @@ def run_cli(main: Callable[[list[str]], int | None], argv: list[str] | None = No
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in TRAINING_PACKAGES:
             raise
-        print(f"error: this needs {error.name}, which is not installed: {NEEDS_TORCH}", file=sys.stderr)
+        is_next = error.name.partition(".")[0] == "detectron2" and find_spec("torch") is not None
+        remedy = NEEDS_DETECTRON2 if is_next else NEEDS_TORCH
+        print(f"error: this needs {error.name}, which is not installed: {remedy}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

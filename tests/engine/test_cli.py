@@ -22,6 +22,7 @@ import pytest
 import torch
 from pydantic import Field
 
+from pretrain.engine import errors
 from pretrain.engine.cli import Options, command_line
 from pretrain.engine.config import LoopConfig, OptimConfig, Section, config_hash, describe, load_config, undocumented
 from pretrain.engine.errors import (
@@ -305,6 +306,27 @@ def test_run_cli__takes_the_arguments_of_the_process(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "argv", ["prog", "x"])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # the process of the tests goes on
     assert status(lambda argv: len(argv)) == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "has_torch", "remedy"),
+    [
+        ("torch", False, 'pip install "wordbox[train]"'),
+        ("detectron2.config", False, 'pip install "wordbox[train]"'),
+        ("detectron2.config", True, "python -m ovd.build_detectron2"),
+    ],
+)
+def test_run_cli__a_missing_package_names_the_line_that_installs_it(
+    missing: str, has_torch: bool, remedy: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: list[str]) -> int:
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(errors, "find_spec", lambda name: object() if has_torch else None)
+    with pytest.raises(SystemExit) as ended:
+        errors.run_cli(main, [])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: this needs {missing}, which is not installed: {remedy}\n"
 
 
 @pytest.mark.parametrize(

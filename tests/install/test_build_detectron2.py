@@ -19,7 +19,7 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "build_detectron2.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "ovd" / "build_detectron2.py"
 
 # Every construct that a patch is there for, plus look-alikes that must stay as they are.
 FILES = {

@@ -9,9 +9,9 @@ through pip, checks its SHA-256, patches what newer numpy, Pillow and setuptools
 
 A working ``detectron2`` that is already importable (an official build with its compiled operators) is used untouched.
 
-    python scripts/build_detectron2.py                     # download, check, patch, install
-    python scripts/build_detectron2.py --archive FILE      # a machine without network: bring the .tar.gz yourself
-    python scripts/build_detectron2.py --wheel-dir DIR     # only write the wheel
+    python -m ovd.build_detectron2                     # download, check, patch, install
+    python -m ovd.build_detectron2 --archive FILE      # a machine without network: bring the .tar.gz yourself
+    python -m ovd.build_detectron2 --wheel-dir DIR     # only write the wheel
 
 Standard library only. Exit status: 0 done or nothing to do, 2 refused (the message says why and what to do).
 """
