@@ -215,7 +215,7 @@ def _detector_folder(config: FinetuneConfig) -> Path:
     """The folder of the detector of photographs that ``weights`` names.
 
     Raises:
-        UserError: it is another detector, or lies in the run's own folder: its files are copied after the training.
+        UserError: it is another detector, an export, or lies in the run's own folder: its files are copied after the training.
     """
     from ovd.modeling.export import read_card
     from ovd.weights import detector_folder
@@ -231,6 +231,11 @@ def _detector_folder(config: FinetuneConfig) -> Path:
         raise UserError(
             f"weights={weights}: classes are added to a detector of photographs (vild-photo, or what was made from "
             "it); others are fine-tuned with their own configuration, such as vild.yaml or detr.yaml"
+        )
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(
+            f"weights={weights}: {folder} is an export to ONNX, as an installed package has it, and cannot be trained; "
+            "give the weights that it was made of: weights=CHECKOUT/weights/vild-photo, or a run's exported/ folder"
         )
     return folder
 

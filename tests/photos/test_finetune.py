@@ -375,6 +375,15 @@ def test_weights__must_be_a_detector_of_photographs(tmp_path: Path) -> None:
         ovd_train.main([*arguments(labels, tmp_path / "run", "vild-sticker"), "--check"])
 
 
+def test_weights__an_export_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "vild-photo"
+    folder.mkdir()
+    shutil.copyfile(weights_folder("vild-photo") / "model.json", folder / "model.json")
+    labels = write_photos(tmp_path / "photos", THINGS)
+    with pytest.raises(UserError, match="is an export to ONNX.* cannot be trained; give the weights"):
+        ovd_train.main([*arguments(labels, tmp_path / "run", folder), "--check"])
+
+
 def test_resume__refuses_another_detector(learned: Path, tmp_path: Path) -> None:
     shutil.copytree(learned / "run/exported", tmp_path / "weights")
     labels = write_photos(tmp_path / "photos", [["tile"]] * 2)
