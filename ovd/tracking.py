@@ -15,8 +15,8 @@ from pretrain.engine.errors import UserError
 # The package asks for opencv-python, whose window functions need libraries that servers lack, and which overwrites the
 # headless one that is installed with wordbox; hence --no-deps.
 NEEDED = (
-    "tracks need the packages trackers and supervision: pip install supervision; pip install --no-deps trackers "
-    "pydeprecate. Or give --no-track: each frame by itself"
+    "tracks need the packages trackers and supervision, and an annotated video av: pip install av supervision; pip "
+    "install --no-deps trackers pydeprecate. Or give --no-track: each frame by itself"
 )
 WEAK = 0.5  # of the threshold: down to there ByteTrack looks for an object it has followed so far
 
