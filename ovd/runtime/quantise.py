@@ -163,7 +163,7 @@ def quantised(
             QuantType.QUInt8,
             TensorsData(CalibrationMethod.MinMax, data),
             [],  # no list of nodes: all of these kinds
-            stay,
+            [*stay, *size_arithmetic(model.graph)],
             list(QUANTISED),
             {},
         )
@@ -269,6 +269,21 @@ def outermost(graph: onnx.GraphProto) -> list[str]:
         if node.op_type == "Conv" or reaches:
             leading.update(node.input)
     return [*first, *last]
+
+
+def size_arithmetic(graph: onnx.GraphProto) -> list[str]:
+    """Names of the nodes that compute with the sizes of tensors, not with their values.
+
+    Networks that TensorFlow trained pad by what their input's size asks for: in 8 bits that is a pixel too many or few.
+    """
+    values = {tensor.name for tensor in graph.input}  # that depend on the picture's pixels
+    names = []
+    for node in graph.node:
+        if node.op_type != "Shape" and any(name in values for name in node.input):
+            values.update(node.output)
+        else:
+            names.append(node.name)
+    return names
 
 
 class _Photos:

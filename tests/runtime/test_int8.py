@@ -26,7 +26,7 @@ from ovd.runtime import cpu
 from ovd.runtime import export as writing
 from ovd.runtime.files import CARD, INT8_FOLDER, PROPOSALS, TOWER, graphs_of, read_runtime_card
 from ovd.runtime.quantise import MAX_PHOTOS, _ranges, is_suited, quantise, quantised, read_photos
-from ovd.runtime.session import open_session
+from ovd.runtime.session import Graph, open_session
 from ovd.weights import detector_folder
 from pretrain.engine.errors import UserError
 from scripts.build_wheel import add_int8
@@ -91,6 +91,17 @@ def test_int8__first_and_last_convolutions_keep_their_precision(
     assert len(single) == kept
     assert single[0] is convolutions[0]  # nodes stand in the order of their computation
     assert (small / file).stat().st_size < 0.75 * (exported / file).stat().st_size  # of half precision
+
+
+@pytest.mark.parametrize("size", [(32, 448), (96, 448), (448, 320)])
+def test_int8__maps_of_the_tower_keep_size_and_place(exported: Path, small: Path, size: tuple[int, int]) -> None:
+    """Its padding depends on the picture's size; computed in 8 bits, maps lost a row and a column."""
+    pixels = np.random.default_rng(0).normal(size=(1, 3, *size)).astype(np.float32)
+    names = ["fine", "coarse", "last"]
+    exact, rounded = (Graph(folder / TOWER)(names, pixels=pixels) for folder in (exported, small))
+    assert [one.shape for one in exact] == [other.shape for other in rounded]
+    for one, other in zip(exact, rounded, strict=True):
+        assert (one * other).sum() / (np.linalg.norm(one) * np.linalg.norm(other)) > 0.9
 
 
 def test_calibration_photos__are_taken_evenly_from_a_folder(tmp_path: Path) -> None:
