@@ -215,7 +215,8 @@ def _detector_folder(config: FinetuneConfig) -> Path:
     """The folder of the detector of photographs that ``weights`` names.
 
     Raises:
-        UserError: it is another detector, an export, or lies in the run's own folder: its files are copied after the training.
+        UserError: it is another detector, an export, or lies in the run's own folder: its files are copied after the
+            training.
     """
     from ovd.modeling.export import read_card
     from ovd.weights import detector_folder
