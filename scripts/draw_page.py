@@ -34,10 +34,10 @@ def photograph(url: str, out: Path, number: int) -> None:
         for name, scheme in SCHEMES:
             page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
             page.goto(url)
-            page.locator("#wordbox-picture input[type=file]").set_input_files(str(EXAMPLES / example["picture"]))
-            page.locator("#wordbox-picture img").first.wait_for()
-            page.locator("#wordbox-words textarea").fill(example["classes"])
-            page.locator("#wordbox-find").click()
+            page.locator("#ovd-image input[type=file]").set_input_files(str(EXAMPLES / example["picture"]))
+            page.locator("#ovd-image img").first.wait_for()
+            page.locator("#ovd-words textarea").fill(example["classes"])
+            page.locator("#ovd-find").click()
             page.locator(".wordbox-detections:not([hidden])").wait_for(timeout=60_000)
             page.wait_for_timeout(500)  # until the boxes have faded in
             page.screenshot(path=str(out / name))

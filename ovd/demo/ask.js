@@ -65,7 +65,7 @@ function redraw() {
     const item = document.createElement("li"), name = document.createElement("input"), drop = document.createElement("button");
     Object.assign(name, { type: "text", value: crop.name, maxLength: 100, ariaLabel: `Name of crop ${i + 1}`, spellcheck: false });
     name.addEventListener("input", () => { crop.name = name.value; drop.ariaLabel = `Remove ${crop.name}`; hint(); send(); });
-    name.addEventListener("keydown", (event) => { if (event.key === "Enter") document.querySelector("#wordbox-find")?.click(); });
+    name.addEventListener("keydown", (event) => { if (event.key === "Enter") document.querySelector("#ovd-find")?.click(); });
     Object.assign(drop, { type: "button", className: "wordbox-remove-crop", textContent: "×", ariaLabel: `Remove ${crop.name}` });
     drop.addEventListener("click", () => {
       crops.splice(crops.indexOf(crop), 1);
@@ -183,7 +183,7 @@ drawButton.addEventListener("click", () => {
   else frame.scrollIntoView({ block: "nearest" });
 });
 (function attach() {
-  frame = document.querySelector("#wordbox-picture");
+  frame = document.querySelector("#ovd-image");
   if (!frame) return requestAnimationFrame(attach);
   new MutationObserver((changes) => { if (changes.some((c) => c.target !== frame && !sheet.contains(c.target))) fit(); })
     .observe(frame, { subtree: true, childList: true, attributes: true, attributeFilter: ["src"] });

@@ -9,7 +9,7 @@ let rows = []; // { file, item, what, found: as the server packs it, or null }
 let running = false, stopped = false;
 
 const api = (path) => `${window.gradio_config?.root || ""}/gradio_api/${path}`;
-const words = () => document.querySelector("#wordbox-words textarea").value;
+const words = () => document.querySelector("#ovd-words textarea").value;
 const weights = () => document.querySelector("#wordbox-header input[type=radio]:checked")?.value || null;
 const plain = (text) => new DOMParser().parseFromString(String(text), "text/html").documentElement.textContent; // the server escapes it
 

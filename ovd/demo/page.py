@@ -151,11 +151,12 @@ def build_page(answerer: Answerer, *, examples: list[PageExample] | None = None)
             with gr.Column(scale=2, min_width=300):
                 picture, words, query_examples = _inputs()
                 with gr.Row(elem_id="wordbox-buttons"):
-                    find = gr.Button("Find", variant="primary", elem_id="wordbox-find", min_width=90)
+                    # ovd-find, ovd-view, ovd-image and ovd-words keep their names: scripts drive the page by them.
+                    find = gr.Button("Find", variant="primary", elem_id="ovd-find", min_width=90)
                     everything = gr.Button("What is in this picture?", elem_id="wordbox-everything", min_width=190)
                 picks = gr.Column(visible=any(ready), elem_id="wordbox-examples")
             with gr.Column(scale=3, min_width=320):
-                view = _html("view", elem_id="wordbox-result", more=("save", "zoom", "session"))
+                view = _html("view", elem_id="ovd-view", more=("save", "zoom", "session"))
         run: dict[str, Any] = {"outputs": view, "api_visibility": "private", "show_progress": "minimal", **ONE_QUEUE}
         find.click(fn=handlers.find, inputs=[picture, words, query_examples, weights], api_name="find", **run)
         with picks:
@@ -274,12 +275,12 @@ def _inputs() -> tuple[gr.Image, gr.Textbox, gr.HTML]:
         sources=["upload", "clipboard"],
         height=260,
         buttons=[],
-        elem_id="wordbox-picture",
+        elem_id="ovd-image",
     )
     # Gradio would open the file before `Handlers` do: what is no picture ends there, as "Error" and a traceback.
     picture.preprocess = _path_of
     words = gr.Textbox(
-        label="What to look for", lines=4, max_lines=12, placeholder=PLACEHOLDER, info=HELP, elem_id="wordbox-words"
+        label="What to look for", lines=4, max_lines=12, placeholder=PLACEHOLDER, info=HELP, elem_id="ovd-words"
     )
     return picture, words, _html("ask", elem_id="wordbox-example-search")
 

@@ -7,8 +7,8 @@ const MOST_LINK = 2000; // letters of words in a link
 const past = []; // { answer, words, src: of the picture field, name }, the last first
 let pending = { words: "", src: "" }; // the query being answered
 
-const field = () => document.querySelector("#wordbox-words textarea");
-const shownPicture = () => document.querySelector("#wordbox-picture img")?.src || "";
+const field = () => document.querySelector("#ovd-words textarea");
+const shownPicture = () => document.querySelector("#ovd-image img")?.src || "";
 const pickedWeights = () => document.querySelector("#wordbox-header input[type=radio]:checked")?.value || "";
 
 async function until(found, seconds = 15) {
@@ -29,7 +29,7 @@ async function putPicture(src, name) {
   if (shownPicture() === src) return true;
   const reply = await fetched(src).catch(() => null);
   if (!reply?.ok) return false;
-  const blob = await reply.blob(), frame = document.querySelector("#wordbox-picture");
+  const blob = await reply.blob(), frame = document.querySelector("#ovd-image");
   frame.querySelector("button[aria-label='Remove Image']")?.click();
   const input = await until(() => !shownPicture() && frame.querySelector("input[type=file]"));
   if (!input) return false;
@@ -106,7 +106,7 @@ one(".wordbox-copy-link").addEventListener("click", async () => {
 
 (async () => {
   const linked = new URLSearchParams(location.hash.slice(1)), words = (linked.get("words") || "").slice(0, MOST_LINK);
-  if (!words || !(await until(() => field() && document.querySelector("#wordbox-picture input[type=file]")))) return;
+  if (!words || !(await until(() => field() && document.querySelector("#ovd-image input[type=file]")))) return;
   setWords(words);
   if (linked.get("weights")) pick(linked.get("weights"));
   const from = Number(linked.get("from"));
@@ -118,7 +118,7 @@ one(".wordbox-copy-link").addEventListener("click", async () => {
     one(".wordbox-placeholder .more").textContent = "Add your picture and press Find.";
     return;
   }
-  if (await putPicture(ready.src, name)) document.querySelector("#wordbox-find").click();
+  if (await putPicture(ready.src, name)) document.querySelector("#ovd-find").click();
 })();
 
 // ---- keys ------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ for (const kind of ["keydown", "keypress"])
     event.stopPropagation();
     if (event.shiftKey) return;
     event.preventDefault();
-    if (kind === "keydown" && !event.repeat) document.querySelector("#wordbox-find").click();
+    if (kind === "keydown" && !event.repeat) document.querySelector("#ovd-find").click();
   }, true);
 
 // Shows why the server refused a request, where Gradio would say "Error". Gradio reads 422 as remarks on its fields:

@@ -36,8 +36,8 @@ def past(tab: Tab, count: int) -> list[str]:
 
 
 def test_everything__button_needs_no_words(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["good"]))
-    tab.page.locator("#wordbox-picture img").first.wait_for()
+    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["good"]))
+    tab.page.locator("#ovd-image img").first.wait_for()
     tab.page.locator("#wordbox-everything").click()
     tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
@@ -53,9 +53,9 @@ def test_history__restores_words_and_picture(tab: Tab, pictures: dict[str, Path]
     before = tab.query_count()
     tab.page.locator(".wordbox-history button").nth(1).click()
     tab.page.locator(".wordbox-class-chip", has_text="red").wait_for()
-    assert tab.page.locator("#wordbox-words textarea").input_value() == "red\nblue" and tab.query_count() == before
+    assert tab.page.locator("#ovd-words textarea").input_value() == "red\nblue" and tab.query_count() == before
     assert tab.page.locator(".wordbox-history [aria-current]").inner_text().startswith("red, blue")
-    tab.page.wait_for_function("document.querySelector('#wordbox-picture img')?.src.includes('good.png')")
+    tab.page.wait_for_function("document.querySelector('#ovd-image img')?.src.includes('good.png')")
     tab.find(None, "blue")
     assert past(tab, 3) == ["blue", f"green, {EVIL}", "red, blue"] and tab.page.title() != "owned"
 
@@ -77,7 +77,7 @@ def test_link__repeats_the_query_on_an_example(tab: Tab, server: Server) -> None
     again = tab.page.context.new_page()
     again.goto(link)
     again.locator(".wordbox-class-chip", has_text="red").wait_for()
-    assert again.locator("#wordbox-words textarea").input_value() == "blue: sky; red"
+    assert again.locator("#ovd-words textarea").input_value() == "blue: sky; red"
     assert again.locator(".wordbox-threshold-value").inner_text() == "0.40"
 
 
@@ -90,13 +90,13 @@ def test_link__contains_no_uploaded_picture(tab: Tab, pictures: dict[str, Path])
     again = tab.page.context.new_page()
     again.goto(link)
     again.locator(".wordbox-placeholder", has_text="but no picture").wait_for(timeout=20_000)
-    assert again.locator("#wordbox-words textarea").input_value() == "red, <b>x</b>"
+    assert again.locator("#ovd-words textarea").input_value() == "red, <b>x</b>"
 
 
 def test_keyboard__enter_finds_and_shift_enter_breaks_the_line(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["good"]))
-    tab.page.locator("#wordbox-picture img").first.wait_for()
-    words = tab.page.locator("#wordbox-words textarea")
+    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["good"]))
+    tab.page.locator("#ovd-image img").first.wait_for()
+    words = tab.page.locator("#ovd-words textarea")
     words.click()
     tab.page.keyboard.type("red")
     tab.page.keyboard.press("Shift+Enter")
@@ -175,7 +175,7 @@ def test_weights__choice_switches_the_detector(tab: Tab, pictures: dict[str, Pat
     tab.find(pictures["good"], "red")
     assert tab.page.locator(".wordbox-threshold-value").inner_text() == "0.50"
     tab.page.locator("#wordbox-header label", has_text="Photographs").click()
-    tab.page.locator("#wordbox-find").click()
+    tab.page.locator("#ovd-find").click()
     past(tab, 2)
     assert tab.page.locator(".wordbox-threshold-value").inner_text() == "0.30"
     tab.page.locator(".wordbox-history button").nth(1).click()
@@ -184,7 +184,7 @@ def test_weights__choice_switches_the_detector(tab: Tab, pictures: dict[str, Pat
 
 def test_many_pictures__become_one_zip(tab: Tab, pictures: dict[str, Path], tmp_path: Path) -> None:
     tab.page.get_by_role("button", name="Many pictures at once").click()
-    tab.page.locator("#wordbox-words textarea").fill("red, blue, green")
+    tab.page.locator("#ovd-words textarea").fill("red, blue, green")
     files = [str(pictures[name]) for name in ("good", "green", "huge", "truncated")]
     tab.page.locator(".wordbox-batch-file").set_input_files(files)
     tab.page.locator(".wordbox-batch-start").click()

@@ -31,14 +31,14 @@ class Tab:
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("pageerror", lambda error: self.errors.append(str(error)))
         page.goto(url)
-        page.wait_for_selector("#wordbox-find")
+        page.wait_for_selector("#ovd-find")
 
     def find(self, image: Path | None, words: str, *, wait: str = ".wordbox-detections:not([hidden])") -> None:
         if image is not None:
-            self.page.locator("#wordbox-picture input[type=file]").set_input_files(str(image))
-            self.page.locator("#wordbox-picture img").first.wait_for()
-        self.page.locator("#wordbox-words textarea").fill(words)
-        self.page.locator("#wordbox-find").click()
+            self.page.locator("#ovd-image input[type=file]").set_input_files(str(image))
+            self.page.locator("#ovd-image img").first.wait_for()
+        self.page.locator("#ovd-words textarea").fill(words)
+        self.page.locator("#ovd-find").click()
         self.page.locator(wait).wait_for()
 
     def names(self) -> list[str]:
@@ -90,7 +90,7 @@ def test_page__example_fills_in_and_runs(tab: Tab) -> None:
     tab.page.locator("#wordbox-examples tr.tr-body").first.click()
     tab.page.locator(".wordbox-boxes .item").first.wait_for()
     assert sorted(tab.names()) == ["blue", "red"]
-    assert tab.page.locator("#wordbox-words textarea").input_value() == "red, blue, unicorn"
+    assert tab.page.locator("#ovd-words textarea").input_value() == "red, blue, unicorn"
 
 
 def test_page__slider_and_toggles_send_no_request(tab: Tab, pictures: dict[str, Path]) -> None:
@@ -135,8 +135,8 @@ def test_page__labels_are_at_their_boxes(tab: Tab, tmp_path: Path) -> None:
 def test_page__slider_keeps_its_position(tab: Tab, pictures: dict[str, Path]) -> None:
     tab.find(pictures["good"], "red")
     tab.slide(0.8)
-    tab.page.locator("#wordbox-words textarea").fill("blue")
-    tab.page.locator("#wordbox-find").click()
+    tab.page.locator("#ovd-words textarea").fill("blue")
+    tab.page.locator("#ovd-find").click()
     tab.page.locator(".wordbox-class-chip", has_text="blue").wait_for()
     assert tab.page.locator(".wordbox-threshold-value").inner_text() == "0.80"
     assert "picture remembered" in tab.page.locator(".wordbox-timing").inner_text()
@@ -180,7 +180,7 @@ def test_page__error_then_success(
 
 
 def test_page__file_over_the_limit_is_refused(tab: Tab, pictures: dict[str, Path]) -> None:
-    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures["huge"]))
+    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures["huge"]))
     toast = tab.page.locator(".toast-body, [data-testid=toast-body]").first
     toast.wait_for()
     assert "10" in toast.inner_text()
@@ -272,18 +272,18 @@ def drag(tab: Tab, x1: float, y1: float, x2: float, y2: float) -> None:
 
 
 def test_page__drawn_box_searches_this_and_the_next_picture(tab: Tab, pictures: dict[str, Path]) -> None:
-    upload = tab.page.locator("#wordbox-picture input[type=file]")
+    upload = tab.page.locator("#ovd-image input[type=file]")
     upload.set_input_files(str(pictures["good"]))
     drag(tab, 12, 22, 15, 60)
     assert "3×38 pixels" in tab.page.locator(".wordbox-example-search-status").inner_text()
     drag(tab, 83, 33, 147, 107)  # inside the blue rectangle
     tab.page.locator(".wordbox-crops li").wait_for()
-    tab.page.locator("#wordbox-find").click()  # without a word
+    tab.page.locator("#ovd-find").click()  # without a word
     tab.page.locator(".wordbox-detections:not([hidden])").wait_for()
     assert tab.names() == ["example 1"] and tab.boxes() == 1
     tab.page.locator(".wordbox-crops input").fill("my thing")
-    tab.page.locator("#wordbox-words textarea").fill("red, unicorn")
-    tab.page.locator("#wordbox-find").click()
+    tab.page.locator("#ovd-words textarea").fill("red, unicorn")
+    tab.page.locator("#ovd-find").click()
     tab.page.locator(".wordbox-class-chip", has_text="red").wait_for()
     assert sorted(tab.names()) == ["my thing", "red"]
     frame = tab.page.locator(".wordbox-searched-picture").bounding_box()
@@ -297,7 +297,7 @@ def test_page__drawn_box_searches_this_and_the_next_picture(tab: Tab, pictures: 
     tab.find(pictures["green"], "")
     tab.page.locator(".wordbox-not-found", has_text="my thing").wait_for()
     tab.page.get_by_label("Remove my thing").click()
-    tab.page.locator("#wordbox-find").click()
+    tab.page.locator("#ovd-find").click()
     tab.page.locator(".wordbox-alert", has_text="Type at least one class").wait_for()
 
 

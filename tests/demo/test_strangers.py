@@ -311,9 +311,9 @@ def test_page__error_hides_the_old_answer(browser: Any, server: Server, pictures
     tab = Tab(browser.new_page(), server.url)
     tab.find(pictures["good"], "red")
     tab.page.get_by_label("Remove Image").click()
-    tab.page.locator("#wordbox-picture input[type=file]").set_input_files(str(pictures[name]))
-    tab.page.locator("#wordbox-picture img").first.wait_for(state="attached")
-    tab.page.locator("#wordbox-find").click()
+    tab.page.locator("#ovd-image input[type=file]").set_input_files(str(pictures[name]))
+    tab.page.locator("#ovd-image img").first.wait_for(state="attached")
+    tab.page.locator("#ovd-find").click()
     tab.page.locator(".wordbox-alert:not([hidden])").wait_for()
     assert "cannot be used" in tab.page.locator(".wordbox-alert").inner_text()
     assert (
