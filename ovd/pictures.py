@@ -62,6 +62,15 @@ def resized(image: NDArray[np.uint8], factor: float) -> NDArray[np.uint8]:
     return cv2.resize(image, size[::-1], interpolation=how).astype(np.uint8)
 
 
+def resized_copy(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """An (H, W, 3) picture with its longest side at ``side`` pixels, in memory of its own.
+
+    For what is computed later: the caller may draw on the picture, or read the next frame into it.
+    """
+    small = resized(image, side / max(image.shape[:2]))
+    return small.copy() if small is image else small
+
+
 def to_rgb(image: ImageLike, *, max_pixels: int | None = None) -> NDArray[np.uint8]:
     """Read any picture into an upright (H, W, 3) uint8 RGB array.
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
-from ovd.inference.scoring import Deferred, RegionSet
+from ovd.inference.scoring import RegionSet
 
 if TYPE_CHECKING:
     from ovd.modeling.fvlm.finetuned import FinetunedClasses
@@ -51,7 +51,6 @@ class TorchNetwork:
             proposals, finetuned_RO = self.finetuned.append_to(proposals, image)
         pooled = self.model.pooled(image, proposals)
         out = self.model.head(pooled.features, pooled.word_scores)
-        conse, boxes = self.model.conse, pooled.boxes
         return RegionSet(
             boxes=pooled.boxes.cpu().numpy(),
             objectness=pooled.objectness.cpu().numpy(),
@@ -61,7 +60,7 @@ class TorchNetwork:
             size=(image.shape[0], image.shape[1]),
             word_scores=pooled.word_scores.cpu().numpy(),
             bias=out.bias.cpu().numpy(),
-            conse=None if conse is None else Deferred(lambda: conse.embed(image, boxes).cpu().numpy()),
+            conse=None if self.model.conse is None else self.model.conse.deferred(image, pooled.boxes),
             finetuned=finetuned_RO if finetuned_RO is None else finetuned_RO.numpy(),
         )
 

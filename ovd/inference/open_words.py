@@ -220,10 +220,10 @@ class OpenWords:
                 some, of = odds[first : first + rows], slice(first, first + rows)
                 with np.errstate(over="ignore"):  # infinity is what is meant: the score is then 0
                     np.exp(np.subtract(against_R1[of], some, out=some), out=some)
-                other, common = some[:, : len(group)], some[:, len(group) :]
-                other *= ratio_RC[of]
-                other += nothing_RC[of]
-                common += nothing_R1[of]
+                    other, common = some[:, : len(group)], some[:, len(group) :]
+                    other *= ratio_RC[of]
+                    other += nothing_RC[of]
+                    common += nothing_R1[of]
             yield words, odds
 
     def _score(self, odds: Floats) -> Floats:

@@ -23,7 +23,7 @@ from ovd.inference.known_words import WordList
 from ovd.inference.postprocess import batched_nms
 from ovd.inference.scoring import Deferred, RegionSet
 from ovd.modeling.export import DetectorCard
-from ovd.pictures import resized
+from ovd.pictures import resized, resized_copy
 from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
 from ovd.runtime.files import BACKGROUND, CONSE, PROPOSALS, REGIONS, TOWER, RuntimeCard, export_file, read_runtime_card
@@ -107,7 +107,6 @@ class OnnxNetwork:
             around=widened(boxes, self.card.context, small.shape[:2]),
             known=word_scores,
         )
-        graph = self._conse
         return RegionSet(
             boxes=proposals.boxes,
             objectness=proposals.objectness,
@@ -117,18 +116,20 @@ class OnnxNetwork:
             size=(height, width),
             word_scores=word_scores,
             bias=bias,
-            conse=None if graph is None else Deferred(lambda: self._conse_rows(graph, image, proposals.boxes)),
+            conse=None if self._conse is None else self._deferred(self._conse, image, proposals.boxes),
             finetuned=finetuned_RO,
         )
 
-    def _conse_rows(self, graph: Graph, image: NDArray[np.uint8], boxes: Floats) -> Floats:
-        """(R, D) of `ovd.modeling.fvlm.conse.RegionConse.embed`."""
-        height, width = image.shape[:2]
-        small = resized(image, self.card.conse_side / max(height, width))
-        scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
-        pixels = normalised(small, mean=self.card.conse_mean, std=self.card.conse_std)
-        (row,) = graph(["row"], pixels=pixels, boxes=boxes * scale)
-        return row
+    def _deferred(self, graph: Graph, image: NDArray[np.uint8], boxes: Floats) -> Deferred:
+        """(R, D) of `ovd.modeling.fvlm.conse.RegionConse.deferred`."""
+        small = resized_copy(image, self.card.conse_side)
+        scale = np.array([small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]] * 2, np.float32)
+
+        def rows() -> Floats:
+            pixels = normalised(small, mean=self.card.conse_mean, std=self.card.conse_std)
+            return graph(["row"], pixels=pixels, boxes=boxes * scale)[0]
+
+        return Deferred(rows)
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[Floats, Floats]:
         """See `FvlmNetwork`."""

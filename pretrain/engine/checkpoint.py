@@ -208,7 +208,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such weight file")
+        raise UserError(f"{path}: no such weight file; fetch or export it again")
     refuse_lfs_pointer(path)
     if any("\udc80" <= character <= "\udcff" for character in str(path)):
         raise UserError(f"{path}: safetensors opens names in UTF-8 alone; rename the file, or the folder that it is in")

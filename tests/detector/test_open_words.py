@@ -105,6 +105,22 @@ def test_open_words__many_score_as_each_alone() -> None:
         np.testing.assert_allclose(words.select([word])(seen)[:, 0], together[:, word], rtol=1e-5)
 
 
+def test_open_words__boxes_of_finetuned_classes_score_zero_without_a_warning() -> None:
+    rng = np.random.default_rng(0)
+    seen = regions(rng, count=150)
+    seen.objectness = np.zeros(150, np.float32)  # as theirs is
+    competitor_mask = np.ones((40, 12), bool)
+    competitor_mask[:30, :11] = False  # so that the odds of others are multiples of theirs
+    words = OpenWords(
+        rows=unit_rows(rng.normal(size=(40, 16)).astype(np.float32)),
+        competitors=unit_rows(rng.normal(size=(12, 16)).astype(np.float32)),
+        groups=CompetitorGroups.of(competitor_mask, np.zeros((40, 0), bool)),
+        calibration=replace(CALIBRATION, open_scale=30.0),
+    )
+    with np.errstate(over="raise", invalid="raise"):
+        assert words(seen).max() < 1e-3
+
+
 @pytest.mark.parametrize("slope", [1.2, -1.2, 0.0])
 @pytest.mark.parametrize(("count", "classes", "level"), [(150, 5000, 0.3), (20, 400, 0.9), (9, 300, 0.0), (0, 30, 0.1)])
 def test_open_words__threshold_equals_full_scoring(count: int, classes: int, level: float, slope: float) -> None:

@@ -26,6 +26,7 @@ from ovd.weights import read_model_card
 from pretrain import train
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.config_photos import ConseShare, TimmTower
+from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 from pretrain.nets import imagenet
 from pretrain.nets.conse import ConseProjection, conse_embedding
@@ -240,9 +241,28 @@ def test_region_conse__runs_for_words_that_the_proposal_network_does_not_know(
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("longest", [64, 200])
+def test_region_conse__keeps_a_small_copy_of_the_picture(with_conse: Path, longest: int) -> None:
+    """Who draws on a picture after it was searched gets the same answers, and a large one is not kept."""
+    model = Detector.load(with_conse, runtime="torch").model
+    image = np.random.default_rng(0).integers(0, 256, (48, longest, 3), dtype=np.uint8)
+    before = model.regions(image.copy()).conse
+    after = model.regions(image).conse
+    image[:] = 0
+    assert before is not None and after is not None
+    np.testing.assert_array_equal(before(), after())
+
+
+def test_region_conse__is_stored_unrounded(with_conse: Path, network: nn.Module) -> None:
+    """In half precision, that is: not by way of bfloat16."""
+    stored, _ = load_weights(with_conse / "conse.safetensors")
+    start = imagenet.convert(packaged(network), network, source="package")
+    assert torch.equal(stored["trunk.0.weight"], start["conv_stem.weight"].half())
+
+
 def test_region_conse__missing_file_is_named(with_conse: Path) -> None:
     (with_conse / "conse.safetensors").unlink()
-    with pytest.raises(UserError, match=r"conse\.safetensors: no such weight file"):
+    with pytest.raises(UserError, match=r"conse\.safetensors: no such weight file; fetch or export it again"):
         Detector.load(with_conse, runtime="torch")
 
 

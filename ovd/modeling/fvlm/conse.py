@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.config_fvlm import ConseConfig
-from ovd.pictures import resized
+from ovd.inference.scoring import Deferred
+from ovd.pictures import resized_copy
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
@@ -72,10 +73,12 @@ class RegionConse(nn.Module):
     def from_package(cls, config: ConseConfig, encoder: JointEncoder) -> RegionConse:
         """The network of an installed package, with the words of its classes in the encoder's space.
 
+        In single precision: bfloat16 would round what is saved of it.
+
         Raises:
             UserError: the package is missing or holds another network.
         """
-        conse = cls(config, embed_dim=encoder.embed_dim)
+        conse = cls(config, embed_dim=encoder.embed_dim, precision=torch.float32)
         network = dict(read_imagenet(config.package, config.name, key="model.conse").named_children())
         for mine, name in zip(conse.trunk, ("conv_stem", "bn1", "blocks", "conv_head", "bn2"), strict=True):
             mine.load_state_dict(network[name].state_dict())
@@ -108,11 +111,16 @@ class RegionConse(nn.Module):
         share_PS = share_PS / share_PS.sum(1, keepdim=True).clamp(min=1e-6)
         return (share_PS @ logits_SK).softmax(1) @ self.words_KD
 
-    @torch.inference_mode()
-    def embed(self, image: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
-        """The same of boxes in pixels of a picture."""
+    def deferred(self, image: NDArray[np.uint8], boxes_P4: Tensor) -> Deferred:
+        """The same of boxes in pixels of a picture, computed when it is first asked for."""
         height, width = image.shape[:2]
-        small = resized(image, self.side / max(height, width))
+        small = resized_copy(image, self.side)
+        boxes = boxes_P4.cpu() * torch.tensor([small.shape[1] / width, small.shape[0] / height]).repeat(2)
+        return Deferred(lambda: self.embed(small, boxes).cpu().numpy())
+
+    @torch.inference_mode()
+    def embed(self, small: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
+        """The same of boxes in pixels of a picture with its longest side at ``side`` pixels."""
         size = small.shape[:2]
         device = self.words_KD.device
         pixels = torch.from_numpy(np.ascontiguousarray(small)).to(device).permute(2, 0, 1)[None].float()
@@ -120,8 +128,7 @@ class RegionConse(nn.Module):
         pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE)).contiguous(
             memory_format=torch.channels_last
         )
-        scale = torch.tensor([size[1] / width, size[0] / height]).repeat(2)
-        return self(pixels, (boxes_P4.cpu() * scale).to(device))
+        return self(pixels, boxes_P4.to(device))
 
 
 def overlaps(low_P: Tensor, high_P: Tensor, *, cells: int) -> Tensor:
