@@ -164,6 +164,8 @@ class DetectorCard:
 
 LARGEST_INPUT = 16_384
 """Pixels of a side to which a network's pictures are resized; more fills the memory of any machine."""
+SHARES = ("threshold", "example_threshold", "text_weight", "head_weight", "open_conse")
+"""Values of the calibration that lie between 0 and 1."""
 FILE_KEYS = {"background_words": "bank", "finetuned": "own"}
 """Fields of `DetectorCard` → their keys in ``model.json``, where these differ."""
 
@@ -234,7 +236,7 @@ def _require_sense(card: DetectorCard) -> None:
         TypeError: the first of them.
     """
     unknown = set(card.calibration) - {field.name for field in fields(Calibration)}
-    shares = {key: card.calibration[key] for key in ("threshold", "example_threshold") if key in card.calibration}
+    shares = {key: card.calibration[key] for key in SHARES if key in card.calibration}
     wrong = {
         "embed_dim": card.embed_dim < 1,
         "short_side": not 0 < card.short_side <= card.long_side <= LARGEST_INPUT,
