@@ -56,6 +56,7 @@ def put(**values: object) -> Callable[[dict[str, Any]], None]:
         (put(calibration={"slope": float("nan")}), "calibration.slope: nan is not a finite number"),
         (put(calibration={"slope": "1"}), "calibration.slope"),
         (put(calibration={"threshold": 2}), "calibration.threshold"),
+        (put(calibration={"open_conse": 5}), "calibration.open_conse"),
         (put(calibration={"slop": 1}), "calibration.slop"),
         (put(calibration=[]), "calibration"),
         (put(model="x"), "model"),
