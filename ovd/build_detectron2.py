@@ -95,7 +95,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Patch:
+class SourcePatch:
     """One mechanical change: `pattern` becomes `replacement` in the files whose wheel path ends in `suffix`."""
 
     name: str
@@ -113,15 +113,15 @@ class Patch:
 # The extension module itself needs no patch: the wheel is written here, the archive's setup.py has no part in it, and
 # detectron2/_C.py (STUB) takes the place of the compiled file.
 PATCHES = (
-    Patch("numpy 1.24 removed np.bool, np.int, np.float ...", r"\bnp\.(bool|int|float|str|object)\b", r"\1"),
-    Patch("Pillow 10 removed Image.LINEAR", r"\bImage\.LINEAR\b", "Image.BILINEAR"),
-    Patch(
+    SourcePatch("numpy 1.24 removed np.bool, np.int, np.float ...", r"\bnp\.(bool|int|float|str|object)\b", r"\1"),
+    SourcePatch("Pillow 10 removed Image.LINEAR", r"\bImage\.LINEAR\b", "Image.BILINEAR"),
+    SourcePatch(
         "setuptools 82 removed pkg_resources (import)",
         r"^import pkg_resources\n",
         RESOURCE_HELPER.replace("\\", "\\\\"),
         "model_zoo/model_zoo.py",
     ),
-    Patch(
+    SourcePatch(
         "setuptools 82 removed pkg_resources (call)",
         r"\bpkg_resources\.resource_filename\(",
         "_resource_filename(",
@@ -206,7 +206,7 @@ def wheel_path(name: str) -> str | None:
 
 
 def patch_sources(
-    sources: dict[str, bytes], patches: tuple[Patch, ...] = PATCHES
+    sources: dict[str, bytes], patches: tuple[SourcePatch, ...] = PATCHES
 ) -> tuple[dict[str, bytes], dict[str, int]]:
     """Apply every patch to every file.
 
