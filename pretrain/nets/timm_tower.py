@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An image tower out of timm's EfficientNet family: stem, stages, last convolution, average pool, projection.
 
-Shapes: `N` pictures, `S` side, `F` pooled features, `D` joint embedding. A projection of the
-pooled map lets a detector pool a box out of the map in place of the picture (F-VLM, arXiv:2209.15639).
+Shapes: `N` pictures, `S` side, `F` pooled features, `D` joint embedding. A projection of the pooled map lets
+a detector pool a box out of the map in place of the picture (F-VLM, arXiv:2209.15639).
 """
 
 from __future__ import annotations
@@ -17,6 +17,30 @@ from pretrain.config_photos import TimmTower
 from pretrain.engine.errors import UserError
 from pretrain.nets.conse import ConseProjection
 
+PARTS = ("conv_stem", "bn1", "blocks", "conv_head", "bn2")
+"""Of timm's EfficientNets, from the picture to the last map."""
+
+
+def create_efficientnet(name: str, *, key: str, classes: int | None = None) -> nn.Module:
+    """timm's network with random weights.
+
+    Args:
+        name: in timm.
+        key: of the configuration that names it, for messages.
+        classes: of its classifier; None: as many as timm's weights have.
+
+    Raises:
+        UserError: unknown to timm, or a network of another family.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise UserError(f"{key}: timm has no model {name!r}")
+    network = timm.create_model(name, pretrained=False, num_classes=classes)
+    if not {*PARTS, "classifier"} <= {child for child, _ in network.named_children()}:
+        raise UserError(f"{key}: {name} is not of the EfficientNet family; take tf_efficientnet_lite0 to 4")
+    return network
+
 
 class TimmImage(nn.Module):
     """(N, 3, S, S) -> (N, D). Batch norms always use their stored statistics.
@@ -27,18 +51,8 @@ class TimmImage(nn.Module):
 
     def __init__(self, *, tower: TimmTower, embed_dim: int) -> None:
         super().__init__()
-        import timm
-
-        if not timm.is_model(tower.name):
-            raise UserError(f"encoder.image.name: timm has no model {tower.name!r}")
-        network = timm.create_model(tower.name, pretrained=False, num_classes=0)
-        names = [name for name, _ in network.named_children()]
-        if not {"conv_stem", "bn1", "blocks", "conv_head", "bn2"} <= set(names):
-            raise UserError(
-                f"encoder.image.name: {tower.name} is not of the EfficientNet family; take tf_efficientnet_lite0 to 4"
-            )
-        self.backbone = network
-        self.width = cast(int, network.num_features)
+        self.backbone = create_efficientnet(tower.name, key="encoder.image.name", classes=0)
+        self.width = cast(int, self.backbone.num_features)
         learned = nn.Linear(self.width, embed_dim)
         nn.init.normal_(learned.weight, std=self.width**-0.5)
         nn.init.zeros_(learned.bias)

@@ -108,10 +108,10 @@ def test_checkpoint_file__integers_and_complex_numbers_are_refused(dtype: torch.
     """They were converted to floats: a quantised network became noise."""
     name = "layer1.0.conv1.weight"
     odd = {**resnet(), name: resnet()[name].to(dtype)}
-    said = rf"x: {name} holds numbers of type {str(dtype).removeprefix('torch.')} where weights belong"
-    with pytest.raises(UserError, match=said):
+    message = rf"x: {name} holds numbers of type {str(dtype).removeprefix('torch.')} where weights belong"
+    with pytest.raises(UserError, match=message):
         find_resnet(odd, source="x")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_tensors(ResNet(depth=18, stem="imagenet"), odd, source="x")
 
 

@@ -17,25 +17,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ovd.config_fvlm import ConseConfig
 from ovd.inference.scoring import Deferred
+from ovd.modeling.fvlm.tower import STRIDE, padded_pixels
 from ovd.pictures import resized_copy
+from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
 from pretrain.nets.conse import conse_targets
 from pretrain.nets.imagenet import PIXEL_MEAN, PIXEL_STD, read_imagenet
+from pretrain.nets.timm_tower import PARTS, create_efficientnet
 from pretrain.nets.towers import JointEncoder
 
 FILE = "conse.safetensors"
 """Of an exported detector's folder."""
 FORMAT = "conse/1"
-STRIDE = 32  # of the last map: inputs are padded to a multiple of it
-LEVELS, DECAY = 4, 0.6
-"""Hypernyms that a class's words include, and the weight of each level in terms of the last."""
 
 
 class RegionConse(nn.Module):
@@ -51,19 +50,9 @@ class RegionConse(nn.Module):
 
     def __init__(self, config: ConseConfig, *, embed_dim: int, precision: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
-        import timm
-
-        name = config.name
-        if not timm.is_model(name):
-            raise UserError(f"model.conse.name: timm has no model {name!r}")
-        network = timm.create_model(name, pretrained=False)
-        children = dict(network.named_children())
-        if not {"conv_stem", "bn1", "blocks", "conv_head", "bn2", "classifier"} <= set(children):
-            raise UserError(
-                f"model.conse.name: {name} is not of the EfficientNet family; take tf_efficientnet_lite0 to 4"
-            )
-        self.trunk = nn.Sequential(*(children[part] for part in ("conv_stem", "bn1", "blocks", "conv_head", "bn2")))
-        self.classifier = cast(nn.Linear, children["classifier"])
+        network = create_efficientnet(config.name, key="model.conse.name")
+        self.trunk = nn.Sequential(*(network.get_submodule(part) for part in PARTS))
+        self.classifier = cast(nn.Linear, network.get_submodule("classifier"))
         self.register_buffer("words_KD", torch.zeros(self.classifier.out_features, embed_dim))
         self.side, self.precision = config.side, precision
         self.requires_grad_(False).eval()
@@ -79,11 +68,11 @@ class RegionConse(nn.Module):
             UserError: the package is missing or holds another network.
         """
         conse = cls(config, embed_dim=encoder.embed_dim, precision=torch.float32)
-        network = dict(read_imagenet(config.package, config.name, key="model.conse").named_children())
-        for mine, name in zip(conse.trunk, ("conv_stem", "bn1", "blocks", "conv_head", "bn2"), strict=True):
-            mine.load_state_dict(network[name].state_dict())
-        conse.classifier.load_state_dict(network["classifier"].state_dict())
-        words_KD = conse_targets(read_lexicon(), encoder, levels=LEVELS, decay=DECAY)
+        network = read_imagenet(config.package, config.name, key="model.conse")
+        for mine, part in zip((*conse.trunk, conse.classifier), (*PARTS, "classifier"), strict=True):
+            mine.load_state_dict(network.get_submodule(part).state_dict())
+        loss = WordsLoss()  # the encoder's distillation has the same targets
+        words_KD = conse_targets(read_lexicon(), encoder, levels=loss.conse_levels, decay=loss.conse_decay)
         if len(words_KD) != len(conse.words_KD):
             raise UserError(
                 f"model.conse.package: the network has {len(conse.words_KD)} classes, ImageNet {len(words_KD)}"
@@ -121,14 +110,9 @@ class RegionConse(nn.Module):
     @torch.inference_mode()
     def embed(self, small: NDArray[np.uint8], boxes_P4: Tensor) -> Tensor:
         """The same of boxes in pixels of a picture with its longest side at ``side`` pixels."""
-        size = small.shape[:2]
         device = self.words_KD.device
-        pixels = torch.from_numpy(np.ascontiguousarray(small)).to(device).permute(2, 0, 1)[None].float()
-        pixels = (pixels - 255 * PIXEL_MEAN) / (255 * PIXEL_STD)
-        pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE)).contiguous(
-            memory_format=torch.channels_last
-        )
-        return self(pixels, boxes_P4.to(device))
+        pixels = padded_pixels(small, mean=255 * PIXEL_MEAN, std=255 * PIXEL_STD, device=device)
+        return self(pixels.contiguous(memory_format=torch.channels_last), boxes_P4.to(device))
 
 
 def overlaps(low_P: Tensor, high_P: Tensor, *, cells: int) -> Tensor:

@@ -49,6 +49,21 @@ class PooledRegions(NamedTuple):
     features: Tensor
 
 
+def padded_pixels(
+    image: NDArray[np.uint8], *, mean: Tensor | float, std: Tensor | float, device: torch.device
+) -> Tensor:
+    """(1, 3, H, W) normalised pixels, H and W multiples of `STRIDE`: zeros, the mean colour, lie below and right.
+
+    Args:
+        image: (h, w, 3) RGB.
+        mean, std: of RGB, 0…255.
+        device: of the result.
+    """
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
+    return F.pad((pixels - mean) / std, (0, -width % STRIDE, 0, -height % STRIDE))
+
+
 class FrozenTower(nn.Module):
     """Maps of a picture from a copy of the encoder's image tower.
 
@@ -119,10 +134,8 @@ class FrozenTower(nn.Module):
         height, width = image.shape[:2]
         image = resized(image, self.side / max(height, width))
         size = image.shape[:2]
-        device = self.device
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1)[None].float()
-        pixels = (pixels - cast(Tensor, self.mean)) / cast(Tensor, self.std)
-        pixels = F.pad(pixels, (0, -size[1] % STRIDE, 0, -size[0] % STRIDE))
+        mean, std = cast(Tensor, self.mean), cast(Tensor, self.std)
+        pixels = padded_pixels(image, mean=mean, std=std, device=self.device)
         x = self.stem(pixels.to(self.precision, memory_format=torch.channels_last))
         fine = x
         for number, stage in enumerate(self.stages):
