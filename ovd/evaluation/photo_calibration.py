@@ -17,7 +17,7 @@ from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.options import DataSpec
 from ovd.evaluation.photo_examples import with_crops, word_crops
 from ovd.evaluation.reliability import Reliability, reliability
-from ovd.evaluation.typed import Outcome, TypedScene, average_precision, choose_ranking, run_typed
+from ovd.evaluation.typed import FLOOR, Outcome, TypedScene, at_threshold, choose_ranking, run_typed
 from ovd.evaluation.typed_photos import NamedPhoto, labelled_words, named_outcome, typed_photos
 from ovd.formats.labels import choose_parts
 from ovd.inference.calibration import absent_class_threshold
@@ -30,7 +30,6 @@ from ovd.vocabulary import Vocabulary
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 
-FLOOR = 0.02
 MIN_PHOTOS = 20  # photos of either kind that a fit needs
 MIN_RIGHT = 3  # boxes, and as many wrong ones
 FITTED = 5  # detections for each photo of one thing that a sigmoid is fitted to, the best of all
@@ -266,15 +265,3 @@ def measure(data: TypedPhotos, calibration: Calibration) -> tuple[dict[str, floa
         measured["ece"] = reliability(crops.score, crops.correct).ece
         figures |= {"example_photos": float(len(data.examples)), **{f"example_{k}": v for k, v in measured.items()}}
     return figures, curve
-
-
-def at_threshold(outcome: Outcome, threshold: float) -> dict[str, float]:
-    """Precision and recall of shown boxes at a threshold, and how often an absent word is shown."""
-    listed = outcome.score >= threshold
-    hits = outcome.correct[listed]
-    return {
-        "average_precision": average_precision(outcome),
-        "precision_at_threshold": float(hits.mean()) if listed.any() else float("nan"),
-        "recall_at_threshold": float(hits.sum() / max(outcome.labels, 1)),
-        "absent_words_quiet": float(np.mean(outcome.best_absent < threshold)) if len(outcome.best_absent) else 1.0,
-    }

@@ -13,7 +13,7 @@ from ovd.evaluation.fitting import fit_calibration
 from ovd.evaluation.labelled_scenes import labelled_scenes, vocabulary_of
 from ovd.evaluation.prompt_free import prompt_free_figures, with_fitted_prompt_free
 from ovd.evaluation.reliability import Reliability, reliability, score_drift
-from ovd.evaluation.typed import TypedScene, average_precision, distractor_scores, draw_words, run_typed
+from ovd.evaluation.typed import FLOOR, TypedScene, at_threshold, distractor_scores, draw_words, run_typed
 from ovd.formats.labels import Labels
 from ovd.inference.example_scorers import centred_on_picture, centred_texts
 from ovd.inference.scorers import CalibratedScorer
@@ -25,8 +25,6 @@ from pretrain.engine.errors import UserError
 
 ABSENT_WORDS = 10
 """Words typed for each scene that name nothing in it."""
-FLOOR = 0.02
-"""Lowest score that counts as a detection when a calibration is measured."""
 
 
 def near_synonyms(stickers: Stickers) -> dict[int, frozenset[int]]:
@@ -76,7 +74,6 @@ def measure(
 ) -> tuple[dict[str, float], Reliability]:
     """Figures of a calibration on some scenes (ECE, absent words, precision and recall), and its reliability."""
     outcome, threshold = run_typed(scenes, scorer, floor=FLOOR), scorer.calibration.threshold
-    listed = outcome.score >= threshold
     words = range(len(scorer.rows))
     distractors = [
         draw_words(scene.present, words=words, others=[], near=near, absent=80, rng=np.random.default_rng([7, i]))[1]
@@ -86,13 +83,10 @@ def measure(
     curve = reliability(outcome.score, outcome.correct)
     return {
         "scenes": float(len(scenes)),
-        "average_precision": average_precision(outcome),
+        **at_threshold(outcome, threshold),
         "ece": curve.ece,
-        "absent_words_quiet": float(np.mean(outcome.best_absent < threshold)),
-        "precision_at_threshold": float(outcome.correct[listed].mean()) if listed.any() else float("nan"),
         "drift_80_words_within_0.05": drift.within,
         "drift_80_words_mean": drift.mean,
-        "recall_at_threshold": float(outcome.correct[listed].sum() / max(outcome.labels, 1)),
     }, curve
 
 

@@ -24,6 +24,8 @@ from ovd.inference.scorers import CalibratedScorer
 from ovd.inference.scoring import Calibration, RegionSet
 
 MATCH_IOU = 0.5
+FLOOR = 0.02
+"""Lowest score that counts as a detection when a calibration is measured."""
 TypedScorer = CalibratedScorer | WordProfileScorer | WordScorer | EnsembleScorer
 
 
@@ -198,6 +200,18 @@ def average_precision(outcome: Outcome) -> float:
     hits = outcome.correct[order]
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
     return float((precision * hits).sum() / outcome.labels)
+
+
+def at_threshold(outcome: Outcome, threshold: float) -> dict[str, float]:
+    """Precision and recall of shown boxes at a threshold, and how often an absent word is shown."""
+    listed = outcome.score >= threshold
+    hits = outcome.correct[listed]
+    return {
+        "average_precision": average_precision(outcome),
+        "precision_at_threshold": float(hits.mean()) if listed.any() else float("nan"),
+        "recall_at_threshold": float(hits.sum() / max(outcome.labels, 1)),
+        "absent_words_quiet": float(np.mean(outcome.best_absent < threshold)) if len(outcome.best_absent) else 1.0,
+    }
 
 
 def choose_ranking(
