@@ -22,6 +22,7 @@ function zoomTo(wanted, x = stage.clientWidth / 2, y = stage.clientHeight / 2) {
       picture.removeAttribute("style");
       stage.style.height = "";
       stage.removeAttribute("tabindex");
+      stage.scrollLeft = stage.scrollTop = 0; // the boxes still overflow until they follow the picture: nothing clamps this yet
     }
   }
   one(".wordbox-zoom-level").textContent = `${Math.round(zoom * 100)} %`;
