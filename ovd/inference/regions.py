@@ -132,4 +132,6 @@ class Regions:
 
 def picture_key(pixels: NDArray[np.uint8]) -> str:
     """sha256 of a picture's size and pixels."""
-    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()

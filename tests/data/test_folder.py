@@ -11,11 +11,12 @@ import zlib
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from ovd.pictures import to_rgb, upright_size
+from ovd.pictures import resized, to_rgb, upright_size
 from pretrain.data.folder import (
     FORMATS,
     HAS_HEIF,
@@ -446,3 +447,16 @@ def test_folder__too_many_missing_pictures_name_the_first(tmp_path: Path, there:
 def test_read_image__folder_is_named_as_a_folder(tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match="is a folder, not a picture$"):
         read_image(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(600, 800), (601, 799), (1203, 401)])
+def test_resized__halving_first_gives_the_mean_of_the_same_pixels(size: tuple[int, int]) -> None:
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    picture = np.stack([127 + 120 * np.sin(x / 40), 127 + 120 * np.cos(y / 60), 255 * x / width], axis=2)
+    for factor in (1 / 2, 1 / 5, 1 / 9):
+        small = resized(picture.astype(np.uint8), factor)
+        assert small.shape == (max(1, round(height * factor)), max(1, round(width * factor)), 3)
+        at_once = cv2.resize(picture.astype(np.float32), small.shape[1::-1], interpolation=cv2.INTER_AREA)
+        assert np.abs(small - at_once).max() < 3, factor
+    assert resized(np.zeros((1, 4000, 3), np.uint8), 1 / 100).shape == (1, 40, 3)
