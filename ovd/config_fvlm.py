@@ -33,6 +33,13 @@ class ConseConfig(Section):
     side: int = Field(320, ge=64, le=2048, description="longest side of a picture in the network, pixels")
 
 
+class QualityConfig(Section):
+    """A head that predicts how well a box fits an object, for words that the proposal network does not know (OLN)."""
+
+    hidden: int = Field(64, ge=8, le=4096, description="units of the hidden layer")
+    dropout: float = Field(0.3, ge=0, lt=1, description="dropout after the hidden layer")
+
+
 class FvlmConfig(Section):
     """The detector: boxes of a proposal network, names from the frozen image tower of an image-text encoder."""
 
@@ -64,6 +71,12 @@ class FvlmConfig(Section):
         "null: none",
         json_schema_extra=LATER,
     )
+    quality: QualityConfig | None = Field(
+        None,
+        description="a head that learns localisation quality from labelled boxes alone (OLN, arXiv:2108.06753); "
+        "null: none",
+        json_schema_extra=LATER,
+    )
 
     @model_validator(mode="after")
     def _offline_regions_have_no_words(self) -> FvlmConfig:
@@ -75,11 +88,12 @@ class FvlmConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _conse_is_for_unknown_words(self) -> FvlmConfig:
-        if self.conse is not None and not self.known:
-            raise ValueError(
-                "conse scores words that the proposal network does not know: set known=true, or conse=null"
-            )
+    def _some_parts_are_for_unknown_words(self) -> FvlmConfig:
+        for name, part in (("conse", self.conse), ("quality", self.quality)):
+            if part is not None and not self.known:
+                raise ValueError(
+                    f"{name} scores words that the proposal network does not know: set known=true, or {name}=null"
+                )
         return self
 
     @property

@@ -77,6 +77,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
             f"proposals={RUNS / 'picodet/exported'}",
             "model.variant=ensemble",
             "model.conse={}",
+            "model.quality={}",
             f"regions={RUNS / 'regions'}",
         ),
         Stage(

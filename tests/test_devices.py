@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from ovd.config_fvlm import ConseConfig, FvlmConfig
+from ovd.config_fvlm import ConseConfig, FvlmConfig, QualityConfig
 from ovd.data.mosaic import FinetuneSample
-from ovd.data.pooled import OfflineBatch, RegionBatch
+from ovd.data.pooled import BoxBatch, OfflineBatch, RegionBatch
 from ovd.data.splits import Split
 from ovd.detector import Detector
 from ovd.evaluation.predictor import predictor_for
@@ -385,7 +385,7 @@ def test_finetuned_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:
 
 def test_photographs__regions_are_embedded_on_the_gpu() -> None:
     encoder = photo_encoder()
-    config = FvlmConfig(arch="fvlm", side=64)
+    config = FvlmConfig(arch="fvlm", side=64, quality=QualityConfig(hidden=8))
     network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
     with pretend_cuda():
         proposer = PhotoProposer(model=to_cuda(network), sides=(64,), precision=torch.float32)
@@ -393,6 +393,8 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=to_cuda(conse)).eval()
         to_cuda(detector.tower)
         to_cuda(detector)
+        assert detector.quality is not None
+        to_cuda(detector.quality)
         words = WordList(words=PROPOSAL_WORDS, lexicon=read_lexicon())
         model = FvlmRegionModel(
             network=TorchNetwork(detector),
@@ -405,6 +407,30 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
         regions = model.regions(picture())
         assert isinstance(regions.text, np.ndarray) and regions.text.shape == (len(regions), 8)
         assert regions.conse is not None and regions.conse().shape == (len(regions), 8)
+        assert regions.quality is not None and regions.quality.shape == (len(regions),)
+
+
+def test_localization_quality__is_learned_on_the_gpu() -> None:
+    """The head is trained there; the frozen tower, whose features are cached, stays on the CPU."""
+    network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
+    detector = build_fvlm(
+        FvlmConfig(arch="fvlm", side=64, quality=QualityConfig(hidden=8)),
+        proposer=PhotoProposer(model=network, sides=(64,), precision=torch.float32),
+        encoder=photo_encoder(),
+    )
+    criterion = WordCriterion(model=detector, rows=torch.eye(3, 8), always_labelled=2, noun_weight=0.1).train()
+    batch = RegionBatch(
+        features=torch.randn(4, detector.tower.features),
+        word_scores=torch.rand(4, len(PROPOSAL_WORDS)),
+        target=torch.rand(4, 3),
+        mask=torch.ones(4, 3, dtype=torch.bool),
+        boxes=BoxBatch(boxes=torch.rand(4, 4), sizes=torch.ones(4, 2), quality=torch.rand(4)),
+    )
+    with pretend_cuda():
+        to_cuda(criterion)
+        losses = criterion(batch)
+        assert set(losses) == {"loss_words", "loss_quality"}
+        assert all(loss.device.type == "cuda" and bool(torch.isfinite(loss)) for loss in losses.values())
 
 
 @pytest.mark.parametrize("variant", ["vild", "ensemble"])

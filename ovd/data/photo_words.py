@@ -42,6 +42,8 @@ LABELLED = 0.25
 """Proposals with a target from here on are labelled: every unrelated word is wrong for them."""
 BOX_SCORE = 0.4
 """A box from here on may be refined by the photo's noun."""
+CONFIDENT = 0.3
+"""Labels from here on have a localisation quality; for the others nobody knows whether there is an object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,16 @@ def region_targets(photo: Photo, boxes_P4: F32, table: WordTable) -> RegionTarge
         mask[region, list(table.below[int(words[label])])] = False  # a dog may be a terrier
     mask |= target > 0
     return RegionTargets(target, mask)
+
+
+def localization_quality(photo: Photo, boxes_P4: F32, table: WordTable) -> F32:
+    """(P,) best IoU of each proposal with a confident label, whatever it names; 0 without one."""
+    labels, _, scores = _with_noun(photo, boxes_P4, table)
+    labels = labels[scores >= CONFIDENT]
+    if not len(labels) or not len(boxes_P4):
+        return np.zeros(len(boxes_P4), np.float32)
+    overlap = box_iou(torch.from_numpy(boxes_P4.astype(np.float32)), torch.from_numpy(labels))
+    return np.asarray(overlap.max(dim=1).values.numpy())
 
 
 def _with_noun(photo: Photo, boxes_P4: F32, table: WordTable) -> tuple[F32, NDArray[np.int64], F32]:

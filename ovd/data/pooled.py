@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ovd.data.photo_words import PhotoLabels, region_targets
+from ovd.data.photo_words import Photo, PhotoLabels, localization_quality, region_targets
 from ovd.regions.store import RegionStore
 from pretrain.data.coco import ImageId
 
@@ -45,6 +46,34 @@ class OfflineBatch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BoxBatch:
+    """The boxes of a batch's regions, and how well they fit.
+
+    Attributes:
+        boxes: (N, 4) x1, y1, x2, y2 in pixels of their photos.
+        sizes: (N, 2) heights and widths of these.
+        quality: (N,) best IoU with a label.
+    """
+
+    boxes: Tensor
+    sizes: Tensor
+    quality: Tensor
+
+    def to(self, device: torch.device) -> BoxBatch:
+        """The same on a device."""
+        return BoxBatch(boxes=self.boxes.to(device), sizes=self.sizes.to(device), quality=self.quality.to(device))
+
+    @staticmethod
+    def joined(parts: Sequence[BoxBatch]) -> BoxBatch:
+        """All boxes in one batch."""
+        return BoxBatch(
+            boxes=torch.cat([one.boxes for one in parts]),
+            sizes=torch.cat([one.sizes for one in parts]),
+            quality=torch.cat([one.quality for one in parts]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RegionBatch:
     """Regions of one or several photos.
 
@@ -53,6 +82,7 @@ class RegionBatch:
         word_scores: (N, K) 0…1.
         target, mask: (N, V), see `ovd.data.photo_words.RegionTargets`.
         offline: what is distilled; None: nothing is.
+        boxes: where localisation quality is learned; else None.
     """
 
     features: Tensor
@@ -60,6 +90,7 @@ class RegionBatch:
     target: Tensor
     mask: Tensor
     offline: OfflineBatch | None = None
+    boxes: BoxBatch | None = None
 
     def to(self, device: torch.device) -> RegionBatch:
         """The same on a device."""
@@ -69,6 +100,7 @@ class RegionBatch:
             target=self.target.to(device),
             mask=self.mask.to(device),
             offline=None if self.offline is None else self.offline.to(device),
+            boxes=None if self.boxes is None else self.boxes.to(device),
         )
 
 
@@ -97,8 +129,10 @@ class PooledSource:
 
     Args:
         photos: with labels.
-        row: of a photo, by its index: `features` (P, F), `known` (P, K), `boxes` (P, 4), and how many `regions` it has.
+        row: of a photo, by its index: `features` (P, F), `known` (P, K), `boxes` (P, 4), `size` (2,): its height and
+            width, and how many `regions` it has.
         offline: what is distilled; None: nothing is.
+        with_boxes: give boxes too, for localisation quality.
     """
 
     def __init__(
@@ -107,8 +141,9 @@ class PooledSource:
         photos: PhotoLabels,
         row: Callable[[int], Mapping[str, NDArray[Any]]],
         offline: OfflineRegions | None = None,
+        with_boxes: bool = False,
     ) -> None:
-        self.photos, self.row, self.offline = photos, row, offline
+        self.photos, self.row, self.offline, self.with_boxes = photos, row, offline, with_boxes
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -131,16 +166,26 @@ class PooledSource:
             target=torch.from_numpy(targets.target),
             mask=torch.from_numpy(targets.mask),
             offline=None if self.offline is None else self.offline.sample(photo.image_id, index),
+            boxes=None if not self.with_boxes else self._boxes(photo, boxes, row["size"]),
+        )
+
+    def _boxes(self, photo: Photo, boxes_P4: NDArray[np.float32], size: NDArray[np.float32]) -> BoxBatch:
+        return BoxBatch(
+            boxes=torch.from_numpy(boxes_P4),
+            sizes=torch.from_numpy(size).expand(len(boxes_P4), 2),
+            quality=torch.from_numpy(localization_quality(photo, boxes_P4, self.photos.table)),
         )
 
     @staticmethod
     def collate(samples: list[RegionBatch]) -> RegionBatch:
         """All regions in one batch."""
         offline = [one.offline for one in samples if one.offline is not None]
+        boxes = [one.boxes for one in samples if one.boxes is not None]
         return RegionBatch(
             features=torch.cat([one.features for one in samples]),
             word_scores=torch.cat([one.word_scores for one in samples]),
             target=torch.cat([one.target for one in samples]),
             mask=torch.cat([one.mask for one in samples]),
             offline=OfflineBatch.joined(offline) if offline else None,
+            boxes=BoxBatch.joined(boxes) if boxes else None,
         )

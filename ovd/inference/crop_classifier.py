@@ -236,20 +236,17 @@ def embed_boxes(
         scales: of the crops, see `ovd.regions.crops.crop_regions`.
         batch_size: crops per forward pass.
     """
-    keep = large_enough(regions.boxes)
-    boxes = regions.boxes[keep]
-    rows = as_array(
-        embed_regions(encoder, *shrunk(image, boxes), scales=scales, resample="bicubic", batch_size=batch_size)
-    )
+    regions = regions.at(large_enough(regions.boxes))
+    small = shrunk(image, regions.boxes)
+    rows = as_array(embed_regions(encoder, *small, scales=scales, resample="bicubic", batch_size=batch_size))
+    no_words = np.zeros((len(regions), 0), np.float32)
     return replace(
         regions,
-        boxes=boxes,
-        objectness=regions.objectness[keep],
         text=rows,
         image=rows,
-        masks=None if regions.masks is None else regions.masks[keep],
-        word_scores=np.zeros((len(boxes), 0), np.float32) if regions.word_scores is None else regions.word_scores[keep],
+        word_scores=no_words if regions.word_scores is None else regions.word_scores,
         bias=None,
+        conse=None,
         finetuned=None,
     )
 

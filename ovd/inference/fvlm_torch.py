@@ -51,6 +51,7 @@ class TorchNetwork:
             proposals, finetuned_RO = self.finetuned.append_to(proposals, image)
         pooled = self.model.pooled(image, proposals)
         out = self.model.head(pooled.features, pooled.word_scores)
+        quality = self.model.quality_of(pooled, image.shape[:2])
         return RegionSet(
             boxes=pooled.boxes.cpu().numpy(),
             objectness=pooled.objectness.cpu().numpy(),
@@ -61,6 +62,7 @@ class TorchNetwork:
             word_scores=pooled.word_scores.cpu().numpy(),
             bias=out.bias.cpu().numpy(),
             conse=None if self.model.conse is None else self.model.conse.deferred(image, pooled.boxes),
+            quality=None if quality is None else quality.cpu().numpy(),
             finetuned=finetuned_RO if finetuned_RO is None else finetuned_RO.numpy(),
         )
 

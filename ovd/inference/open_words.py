@@ -184,6 +184,8 @@ class OpenWords:
         sum_GR = np.maximum(self.groups.sums(words_BR), TINY)
         area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
         whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
+        if c.open_quality and regions.quality is not None:
+            whole_R = whole_R * regions.quality.clip(0, 1) ** c.open_quality
         sets = self.groups.related_sets
         whole_SR = np.tile(whole_R.astype(np.float32), (len(sets.rows), 1))
         if c.open_unknown and regions.word_scores is not None:

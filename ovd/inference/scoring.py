@@ -39,8 +39,8 @@ class Calibration:
             knows (`ovd.inference.fvlm_regions`); slope and offset are those words'. Of 0 to .4 in tenths, .2 has the
             best mean AP on the photos that the head was chosen on.
         open_scale: inverse temperature of all other words, which are scored by the image tower's own embedding.
-        open_objectness, open_area: exponents of the objectness and of the box's share of the picture, for these words:
-            parts of a thing look like the thing.
+        open_objectness, open_quality, open_area: exponents of the objectness, of the localisation quality and of the
+            box's share of the picture, for these words: parts of a thing look like the thing.
         open_unknown: exponent, for these words, of the probability that a region is none of the words that contradict
             the word, of those that the proposal network or labels know.
         open_conse: share of ConSE's embedding in that of the image tower, for these words, see
@@ -62,6 +62,7 @@ class Calibration:
     head_weight: float = 0.2
     open_scale: float = 15.0
     open_objectness: float = 1.0
+    open_quality: float = 0.0
     open_area: float = 0.25
     open_unknown: float = 0.0
     open_conse: float = 0.0
@@ -142,6 +143,8 @@ class RegionSet:
         conse: (R, D) means of the words of ImageNet's classes, weighted by their probabilities, computed when first
             needed, or None: 1 long where the classifier is certain, near 0 where it is in doubt
             (`ovd.modeling.fvlm.conse`).
+        quality: (R,) in [0, 1], how well boxes fit objects, also those that the proposal network has no word for, or
+            None (`ovd.modeling.fvlm.quality`).
         finetuned: (R, O) in [0, 1], calibrated scores of classes that were added by fine-tuning, or None. Their boxes
             have objectness 0 and no score of any other word.
     """
@@ -155,17 +158,39 @@ class RegionSet:
     word_scores: Floats | None = None
     bias: Floats | None = None
     conse: Deferred | None = None
+    quality: Floats | None = None
     finetuned: Floats | None = None
 
     def __post_init__(self) -> None:
         self.boxes, self.objectness, self.text = (as_array(x) for x in (self.boxes, self.objectness, self.text))
-        self.image, self.masks, self.word_scores, self.bias, self.finetuned = (
+        self.image, self.masks, self.word_scores, self.bias, self.quality, self.finetuned = (
             None if x is None else as_array(x)
-            for x in (self.image, self.masks, self.word_scores, self.bias, self.finetuned)
+            for x in (self.image, self.masks, self.word_scores, self.bias, self.quality, self.finetuned)
         )
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def at(self, index: NDArray[np.bool_] | NDArray[np.int64]) -> RegionSet:
+        """Some of the regions."""
+
+        def some(values: Floats | None) -> Floats | None:
+            return None if values is None else values[index]
+
+        conse = self.conse
+        return replace(
+            self,
+            boxes=self.boxes[index],
+            objectness=self.objectness[index],
+            text=self.text[index],
+            image=some(self.image),
+            masks=some(self.masks),
+            word_scores=some(self.word_scores),
+            bias=some(self.bias),
+            conse=None if conse is None else Deferred(lambda: conse()[index]),
+            quality=some(self.quality),
+            finetuned=some(self.finetuned),
+        )
 
     def head_probabilities(self, rows_CD: Floats, *, scale: float) -> Floats:
         """(R, C) probabilities of words by the head that learned them (`ovd.modeling.fvlm.head`).

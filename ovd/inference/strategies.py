@@ -44,16 +44,8 @@ class CropEmbeddings(RegionModel):
         if isinstance(self.model, CropClassifier):  # it embeds crops itself
             return replace(self.model.regions(image), image=None)
         regions = self.model.regions(image)
-        keep = large_enough(regions.boxes)
-        boxes = regions.boxes[keep]
-        return replace(
-            regions,
-            boxes=boxes,
-            objectness=regions.objectness[keep],
-            text=embed_regions(self.encoder, image, boxes).numpy(),
-            image=None,
-            masks=None if regions.masks is None else regions.masks[keep],
-        )
+        regions = regions.at(large_enough(regions.boxes))
+        return replace(regions, text=embed_regions(self.encoder, image, regions.boxes).numpy(), image=None)
 
 
 class ConditionedQueries(RegionModel):

@@ -27,6 +27,7 @@ from ovd.modeling.fvlm.finetuned import load_finetuned
 from ovd.modeling.fvlm.head import WORD_EPS
 from ovd.modeling.fvlm.network import PROPOSALS as PROPOSALS_FOLDER
 from ovd.modeling.fvlm.network import load_fvlm
+from ovd.modeling.fvlm.quality import geometry
 from ovd.modeling.fvlm.tower import COARSE, FINE
 from ovd.modeling.proposals.architecture import PIXEL_MEAN, PIXEL_STD
 from ovd.modeling.proposals.build import PROPOSAL_WORDS
@@ -38,6 +39,8 @@ from ovd.runtime.files import (
     COPIED,
     MERGES,
     PROPOSALS,
+    QUALITY,
+    REGION_OUTPUTS,
     REGIONS,
     TEXT,
     TOWER,
@@ -92,17 +95,17 @@ class _Tower(nn.Module):
 
 
 class _Regions(nn.Module):
-    """Maps, boxes and scores of the proposal network's words to the outputs of the region head."""
+    """Maps, boxes and scores of the proposal network's words to the outputs of the heads."""
 
     def __init__(self, detector: FvlmDetector) -> None:
         super().__init__()
         self.head, self.proj, self.pool = detector.head, detector.tower.proj, detector.tower.pool
         self.width = detector.tower.width
-        self.image_head = detector.image_head
+        self.image_head, self.quality = detector.image_head, detector.quality
 
     def forward(
-        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, words: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, fine: Tensor, coarse: Tensor, last: Tensor, boxes: Tensor, around: Tensor, words: Tensor, size: Tensor
+    ) -> tuple[Tensor, ...]:
         width = self.width
         read = [(fine, boxes, self.pool, FINE, 2), (coarse, boxes, self.pool, COARSE, 2),
                 (last, boxes, 1, COARSE, 0), (last, around, 1, COARSE, 0)]  # fmt: skip
@@ -121,7 +124,10 @@ class _Regions(nn.Module):
         image = F.normalize(self.proj(features[:, -2 * width : -width]), dim=1)
         if self.image_head is not None:
             image = self.image_head(features, image)
-        return F.normalize(self.head.projection(hidden), dim=1), self.head.bias(hidden)[:, 0], image
+        outputs = F.normalize(self.head.projection(hidden), dim=1), self.head.bias(hidden)[:, 0], image
+        if self.quality is None:
+            return outputs
+        return *outputs, self.quality(features, geometry(boxes, size)).sigmoid()
 
 
 class _BagOfWords(nn.Module):
@@ -212,6 +218,7 @@ def _runtime_card(source: Path, card: DetectorCard, detector: FvlmDetector, enco
         conse_side=0 if detector.conse is None else detector.conse.side,
         conse_mean=(CONSE_MEAN,) * 3,
         conse_std=(CONSE_STD,) * 3,
+        quality=detector.quality is not None,
     )
 
 
@@ -236,10 +243,12 @@ def _write_graphs(detector: FvlmDetector, encoder: JointEncoder, folder: Path) -
         "pixels": {0: "n", **height_width}, "fine": {0: "n", 2: "fh", 3: "fw"}, "coarse": {0: "n", 2: "ch", 3: "cw"},
         "last": {0: "n", 2: "ch", 3: "cw"}, "row": {0: "n"},
     })  # fmt: skip
-    maps = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": words}
-    _write(folder / REGIONS, _Regions(detector), maps, ["embedding", "bias", "image"], {
+    size = torch.tensor([96.0, 128.0])
+    read = {"fine": fine, "coarse": coarse, "last": last, "boxes": boxes, "around": boxes, "known": words, "size": size}
+    outputs = [*REGION_OUTPUTS, *([QUALITY] if detector.quality is not None else [])]
+    _write(folder / REGIONS, _Regions(detector), read, outputs, {
         "fine": {2: "fh", 3: "fw"}, "coarse": {2: "ch", 3: "cw"}, "last": {2: "ch", 3: "cw"}, "boxes": {0: "r"},
-        "around": {0: "r"}, "known": {0: "r"}, "embedding": {0: "r"}, "bias": {0: "r"}, "image": {0: "r"},
+        "around": {0: "r"}, "known": {0: "r"}, **{name: {0: "r"} for name in outputs},
     })  # fmt: skip
     if detector.conse is not None:
         _write(folder / CONSE, detector.conse, {"pixels": pixels, "boxes": boxes}, ["row"], {

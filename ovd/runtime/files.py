@@ -5,7 +5,8 @@
     model.json, card.*      as in the folder that was exported
     proposals.onnx          pixels (1, 3, H, W) -> words (1, A, K), sides (1, A, 4, bins)
     tower.onnx              pixels (N, 3, H, W) -> fine, coarse, last: maps; row (N, D): the picture's embedding
-    regions.onnx            the three maps, boxes and around (R, 4), known (R, K) -> embedding, bias, image
+    regions.onnx            the three maps, boxes and around (R, 4), known (R, K) -> embedding, bias, image; where the
+                            detector has it, also the picture's size (2,) -> quality
     conse.onnx              pixels (1, 3, H, W), boxes (R, 4) -> row (R, D); where the detector has it
     text.onnx               tokens (N, T) -> row (N, D)
     classes-NN.onnx         for each branch of fine-tuned classes: pixels -> words (1, A, classes), sides
@@ -39,10 +40,17 @@ In an installed wheel the weights' folder is an export itself, and the second ho
 """
 PROPOSALS, TOWER, REGIONS, TEXT = "proposals.onnx", "tower.onnx", "regions.onnx", "text.onnx"
 CONSE = "conse.onnx"
+REGION_OUTPUTS, QUALITY = ("embedding", "bias", "image"), "quality"
 BACKGROUND, MERGES = "background_words.npy", "merges.txt"
 COPIED = ("model.json", "card.json", "card.md")
 """Files that an export has from the folder of its weights."""
-SOURCES = ("model.safetensors", "proposals/model.safetensors", "proposals/model.json", "conse.safetensors")
+SOURCES = (
+    "model.safetensors",
+    "proposals/model.safetensors",
+    "proposals/model.json",
+    "conse.safetensors",
+    "quality.safetensors",
+)
 """Files of a detector of photographs that its export is made of, beside its encoder and branches."""
 
 
@@ -66,6 +74,7 @@ class RuntimeCard:
         strides: of its levels, pixels.
         conse_side: longest side of a picture in ConSE's network, pixels; 0: there is none.
         conse_mean, conse_std: of its pixels, RGB, 0…1.
+        quality: whether the detector has localisation quality.
         nms, pre_nms, post_nms: see `ovd.modeling.proposals.network.DenseProposals`.
         precision: of the convolutions: "float32", or "int8" (`ovd.runtime.quantise`).
         ranges: where precision is int8, a description of the photos that the ranges were measured on.
@@ -92,6 +101,7 @@ class RuntimeCard:
     conse_side: int = 0
     conse_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     conse_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    quality: bool = False
     precision: str = "float32"
     ranges: str = ""
     format: str = FORMAT

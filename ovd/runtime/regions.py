@@ -26,7 +26,18 @@ from ovd.modeling.export import DetectorCard
 from ovd.pictures import resized, resized_copy
 from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
-from ovd.runtime.files import BACKGROUND, CONSE, PROPOSALS, REGIONS, TOWER, RuntimeCard, export_file, read_runtime_card
+from ovd.runtime.files import (
+    BACKGROUND,
+    CONSE,
+    PROPOSALS,
+    QUALITY,
+    REGION_OUTPUTS,
+    REGIONS,
+    TOWER,
+    RuntimeCard,
+    export_file,
+    read_runtime_card,
+)
 from ovd.runtime.finetuned import OnnxBranches
 from ovd.runtime.session import Graph
 from pretrain.data.lexicon import read_lexicon
@@ -98,14 +109,16 @@ class OnnxNetwork:
         scale = np.array([small.shape[1] / width, small.shape[0] / height] * 2, np.float32)
         boxes = proposals.boxes * scale
         word_scores = proposals.words if self.card.words else proposals.words[:, :0]
-        embedding, bias, image_embedding = self._head(
-            ["embedding", "bias", "image"],
+        has_quality = self.card.quality
+        embedding, bias, image_embedding, *quality = self._head(
+            [*REGION_OUTPUTS, *([QUALITY] if has_quality else [])],
             fine=fine,
             coarse=coarse,
             last=last,
             boxes=boxes,
             around=widened(boxes, self.card.context, small.shape[:2]),
             known=word_scores,
+            **({"size": np.array(small.shape[:2], np.float32)} if has_quality else {}),
         )
         return RegionSet(
             boxes=proposals.boxes,
@@ -117,6 +130,7 @@ class OnnxNetwork:
             word_scores=word_scores,
             bias=bias,
             conse=None if self._conse is None else self._deferred(self._conse, image, proposals.boxes),
+            quality=quality[0] if has_quality else None,
             finetuned=finetuned_RO,
         )
 

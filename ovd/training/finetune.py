@@ -250,6 +250,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     from ovd.modeling.fvlm.conse import FILE as CONSE
     from ovd.modeling.fvlm.finetuned import remaining_branches, save_branch
     from ovd.modeling.fvlm.network import PROPOSALS
+    from ovd.modeling.fvlm.quality import FILE as QUALITY
     from pretrain.engine.config import config_hash
 
     card, task = read_card(parts.folder), parts.task
@@ -260,8 +261,8 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
     shutil.copytree(parts.folder / PROPOSALS, folder / PROPOSALS)
     earlier = remaining_branches(card.finetuned, parts.photos.names)
-    conse = (CONSE,) if (parts.folder / CONSE).is_file() else ()
-    for file in ("model.safetensors", *conse, *(branch.file for branch in earlier)):
+    more = [name for name in (CONSE, QUALITY) if (parts.folder / name).is_file()]
+    for file in ("model.safetensors", *more, *(branch.file for branch in earlier)):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(parts.folder / file, folder / file)
     branch = save_branch(

@@ -105,7 +105,7 @@ def build(config: FvlmTrainConfig, *, check: bool = False) -> FvlmParts:
         proposals=proposals,
         photos=photos,
         task=DetectionTask(model=criterion, pretrained_prefixes=(), pretrained_lr_scale=1.0),
-        source=PooledSource(photos=photos, row=row, offline=offline),
+        source=PooledSource(photos=photos, row=row, offline=offline, with_boxes=model.quality is not None),
     )
 
 
@@ -166,7 +166,11 @@ def photo_features(
     def compute(index: int) -> dict[str, NDArray[Any]]:
         return _region_features(model, photos.image(index), count=regions, seed=index)
 
-    more = {"model": config.model.model_dump(mode="json", include={"side", "known"}), "regions": regions}
+    more = {
+        "model": config.model.model_dump(mode="json", include={"side", "known"}),
+        "regions": regions,
+        "of a picture": ["size"],  # what rows of earlier versions lack
+    }
     return _from_cache(config, photos, compute, key={**key, **more})
 
 
@@ -239,6 +243,7 @@ def _region_features(
         "features": _padded(pooled.features, count, np.float16),
         "known": _padded(pooled.word_scores, count, np.float16),
         "boxes": _padded(pooled.boxes, count, np.float32),
+        "size": np.array(image.shape[:2], np.float32),
         "regions": np.array(len(chosen)),
     }
 
@@ -263,13 +268,17 @@ def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
     """
     from ovd.inference.scoring import Calibration
 
-    if model.known and model.conse is not None:
-        return Calibration(
-            open_scale=2.0 * logit_scale, open_objectness=3.0, open_area=0.6, open_unknown=0.75, open_conse=0.5
-        )
-    if model.known:
-        return Calibration(open_scale=1.6 * logit_scale, open_objectness=3.0, open_area=0.6, open_unknown=1.5)
-    return Calibration(open_scale=0.4 * logit_scale, open_objectness=1.5, open_unknown=2.0)
+    if not model.known:
+        return Calibration(open_scale=0.4 * logit_scale, open_objectness=1.5, open_unknown=2.0)
+    has_conse, has_quality = model.conse is not None, model.quality is not None
+    return Calibration(
+        open_scale=(2.0 if has_conse else 1.6) * logit_scale,
+        open_objectness=1.5 if has_quality else 3.0,
+        open_quality=4.0 if has_quality else 0.0,
+        open_area=0.8 if has_quality else 0.6,
+        open_unknown=0.75 if has_conse else 1.5,
+        open_conse=0.5 if has_conse else 0.0,
+    )
 
 
 def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
@@ -279,6 +288,7 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
     from ovd.modeling.export import DetectorCard, architecture_record, save_detector
     from ovd.modeling.fvlm.conse import save_conse
     from ovd.modeling.fvlm.network import PROPOSALS
+    from ovd.modeling.fvlm.quality import save_quality
     from pretrain.engine.config import config_hash
 
     table = parts.photos.table
@@ -301,4 +311,6 @@ def export(config: FvlmTrainConfig, parts: FvlmParts, folder: Path) -> None:
     save_detector(folder, parts.model, card, background_words=parts.rows)
     if parts.model.conse is not None:
         save_conse(folder, parts.model.conse)
+    if parts.model.quality is not None:
+        save_quality(folder, parts.model.quality)
     shutil.copytree(parts.proposals, folder / PROPOSALS)

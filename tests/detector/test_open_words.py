@@ -21,6 +21,7 @@ CALIBRATION = Calibration(
     offset=0.1,
     open_scale=15.0,
     open_objectness=0.8,
+    open_quality=0.6,
     open_area=0.25,
     open_unknown=0.7,
     open_slope=1.2,
@@ -39,6 +40,7 @@ def regions(rng: np.random.Generator, count: int = 7, dim: int = 16) -> RegionSe
         size=(100, 120),
         word_scores=rng.uniform(0, 1, (count, 3)).astype(np.float32),
         bias=rng.normal(size=count).astype(np.float32),
+        quality=rng.uniform(0, 1, count).astype(np.float32),
     )
 
 
@@ -66,6 +68,7 @@ def by_hand(seen: RegionSet, region: int, words: WordScorer, word: int) -> float
     x1, y1, x2, y2 = (float(v) for v in seen.boxes[region])
     area = (x2 - x1) * (y2 - y1) / (seen.size[0] * seen.size[1])
     whole = float(seen.objectness[region]) ** c.open_objectness * area**c.open_area
+    whole *= float(seen.quality[region]) ** c.open_quality
     known = zip(seen.word_scores[region], words.related[word], strict=True)
     whole *= (1 - max((float(p) for p, related in known if not related), default=0.0)) ** c.open_unknown
     return squashed(c.open_slope, c.open_offset, mine / (mine + others) * whole, eps=1e-12)

@@ -202,6 +202,29 @@ def test_deferred__copies_hold_the_array() -> None:
     np.testing.assert_array_equal(copied(), np.eye(2))
 
 
+def test_regions__some_of_them_keep_what_is_theirs() -> None:
+    count, rng = 4, np.random.default_rng(0)
+    columns = {
+        "boxes": 4,
+        "text": 3,
+        "image": 3,
+        "word_scores": 2,
+        "finetuned": 2,
+        "objectness": 0,
+        "bias": 0,
+        "quality": 0,
+    }
+    arrays = {name: rng.random((count, width) if width else count) for name, width in columns.items()}
+    conse = rng.random((count, 3))
+    regions = RegionSet(**arrays, masks=rng.random((count, 5, 5)), size=(8, 8), conse=Deferred(lambda: conse))
+    for index in (np.array([True, False, True, True]), np.array([2, 0])):
+        some = regions.at(index)
+        for name, values in (*arrays.items(), ("masks", regions.masks)):
+            np.testing.assert_array_equal(getattr(some, name), values[index], err_msg=name)
+        assert some.conse is not None
+        np.testing.assert_array_equal(some.conse(), conse[index])
+
+
 @pytest.fixture
 def with_conse(trained: Path, tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The detector of a training with ``model.conse``."""

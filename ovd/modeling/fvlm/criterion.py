@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovd.data.pooled import OfflineBatch, RegionBatch
+from ovd.data.pooled import BoxBatch, OfflineBatch, RegionBatch
 from ovd.modeling.distillation import l1_distillation
 from ovd.modeling.fvlm.network import FvlmDetector
+from ovd.modeling.fvlm.quality import LocalizationQuality, geometry
+
+OVERLAPS = 0.2
+"""IoU with a label from which on a box has a localisation quality; with .1 and .3 unseen objects are ranked worse."""
 
 
 class WordCriterion(nn.Module):
@@ -39,6 +43,7 @@ class WordCriterion(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.quality = model.quality  # not a part of the model's own tensors
         self.image_weight = image_weight
         weight_V = torch.full((len(rows),), noun_weight)
         weight_V[:always_labelled] = 1.0
@@ -57,7 +62,18 @@ class WordCriterion(nn.Module):
         if self.image_weight is not None:
             assert batch.offline is not None, "distillation needs offline regions"
             losses["loss_image"] = self.image_weight * self._distillation(batch.offline)
+        if self.quality is not None:
+            assert batch.boxes is not None, "localisation quality needs boxes"
+            losses["loss_quality"] = self._quality_loss(self.quality, batch.features, batch.boxes)
         return losses
+
+    @staticmethod
+    def _quality_loss(quality: LocalizationQuality, features_NF: Tensor, of: BoxBatch) -> Tensor:
+        """Of boxes that overlap a label; others are no background (OLN, section 3.1)."""
+        overlaps = of.quality >= OVERLAPS
+        logits_N = quality(features_NF, geometry(of.boxes, of.sizes))
+        each_N = F.binary_cross_entropy_with_logits(logits_N, of.quality, reduction="none")
+        return (each_N * overlaps).sum() / overlaps.sum().clamp(min=1)
 
     def _distillation(self, offline: OfflineBatch) -> Tensor:
         """ViLD-image of the image head, or of the head that learns words (ViLD) where there is none."""

@@ -17,6 +17,7 @@ from ovd.config_fvlm import FvlmConfig
 from ovd.modeling.export import DetectorCard, exported_tensors, load_exported
 from ovd.modeling.fvlm.conse import RegionConse, load_conse
 from ovd.modeling.fvlm.head import FrozenFeatureHead, ImageHead
+from ovd.modeling.fvlm.quality import LocalizationQuality, geometry, load_quality
 from ovd.modeling.fvlm.tower import FrozenTower, PooledRegions
 from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposals, PhotoProposer, load_proposals
 from pretrain.engine.errors import UserError
@@ -36,6 +37,7 @@ class FvlmDetector(nn.Module):
         reads_words: whether the head reads the proposer's scores of words.
         image_head: to be distilled; None: the tower's own embedding is used.
         conse: an ImageNet classifier that is ensembled with the image embedding at inference; None: there is none.
+        quality: how well boxes fit objects, to be trained; None: there is none.
     """
 
     def __init__(
@@ -47,10 +49,11 @@ class FvlmDetector(nn.Module):
         reads_words: bool,
         image_head: ImageHead | None = None,
         conse: RegionConse | None = None,
+        quality: LocalizationQuality | None = None,
     ) -> None:
         super().__init__()
-        self._conse = (conse,)  # as the proposer
-        self._proposer = (proposer,)  # a tuple: it is stored in a folder of its own
+        self._conse, self._quality = (conse,), (quality,)  # tuples: they are stored in files of their own
+        self._proposer = (proposer,)  # likewise: in a folder of its own
         self._tower = (tower,)  # likewise: the encoder's folder has it
         self.head = head
         self.image_head = image_head
@@ -71,12 +74,25 @@ class FvlmDetector(nn.Module):
         """The frozen ImageNet classifier."""
         return self._conse[0]
 
+    @property
+    def quality(self) -> LocalizationQuality | None:
+        """Localisation quality."""
+        return self._quality[0]
+
     @torch.inference_mode()
     def pooled(self, image: NDArray[np.uint8], proposals: PhotoProposals) -> PooledRegions:
         """Proposals of an (H, W, 3) RGB picture, before the head."""
         words = proposals.words if self.reads_words else proposals.words[:, :0]
         features = self.tower.pooled(image, proposals.boxes)
         return PooledRegions(proposals.boxes, proposals.objectness, words.to(features.device), features)
+
+    @torch.inference_mode()
+    def quality_of(self, regions: PooledRegions, size: tuple[int, int]) -> Tensor | None:
+        """(P,) how well boxes fit objects, 0…1, in a picture of (height, width); None without such a head."""
+        if self.quality is None:
+            return None
+        shape = geometry(regions.boxes.to(regions.features.device), regions.features.new_tensor(size))
+        return self.quality(regions.features, shape).sigmoid()
 
     def image_embedding(self, features_PF: Tensor) -> Tensor:
         """(P, D) unit rows: the embedding of each region's crop, as the tower or the image head predicts it."""
@@ -122,8 +138,17 @@ def build_fvlm(
             embed_dim=encoder.embed_dim,
             dropout=config.head.dropout,
         )
+    quality = None
+    if config.quality is not None:
+        quality = LocalizationQuality(maps=tower.map_features, config=config.quality)
     return FvlmDetector(
-        proposer=proposer, tower=tower, head=head, reads_words=config.known, image_head=image_head, conse=conse
+        proposer=proposer,
+        tower=tower,
+        head=head,
+        reads_words=config.known,
+        image_head=image_head,
+        conse=conse,
+        quality=quality,
     )
 
 
@@ -159,4 +184,7 @@ def load_fvlm(
     state, background_words = exported_tensors(folder, card)
     load_exported(detector, state, folder)
     detector.tower.to(device)
+    if detector.quality is not None:
+        load_quality(folder, detector.quality)
+        detector.quality.eval().to(device)
     return detector.eval().to(device), background_words

@@ -110,10 +110,15 @@ class FrozenTower(nn.Module):
             part.to(precision).to(memory_format=torch.channels_last)
 
     @property
+    def map_features(self) -> int:
+        """Of the F features, the first: those pooled from the maps of strides 16 and 32."""
+        fine, coarse = (self._channels(i) for i in (self.fine_stage, len(self.stages) - 1))
+        return (fine + coarse) * self.pool**2
+
+    @property
     def features(self) -> int:
         """F."""
-        fine, coarse = (self._channels(i) for i in (self.fine_stage, len(self.stages) - 1))
-        return (fine + coarse) * self.pool**2 + 2 * self.width
+        return self.map_features + 2 * self.width
 
     @property
     def device(self) -> torch.device:
