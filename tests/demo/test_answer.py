@@ -224,7 +224,7 @@ class Traffic:
 
         def embedded(words: Vocabulary) -> np.ndarray:
             self.begun.append(words.classes[0].name)
-            self.between()
+            self.between(words.classes[0].name)
             return embed(words)
 
         def regions(image: np.ndarray) -> RegionSet:
@@ -233,7 +233,7 @@ class Traffic:
             return network(image)
 
         text.embed, answerer.detector.model.regions = embedded, regions  # type: ignore[method-assign]
-        self.between = lambda: None
+        self.between: Callable[[str], object] = lambda first: None
         self.people = ThreadPoolExecutor(4)
 
     def ask(self, words: str, picture: str = "good") -> Future[dict[str, Any]]:
@@ -262,8 +262,8 @@ def test_queue__long_word_lists_are_embedded_in_slices(traffic: Traffic) -> None
     traffic.go.set()
     held = threading.Event()
 
-    def second_slice() -> None:
-        if traffic.begun[-1] == f"thing{SLICE}":
+    def second_slice(first: str) -> None:
+        if first == f"thing{SLICE}":
             held.wait(20)
 
     traffic.between = second_slice
