@@ -113,7 +113,7 @@ one(".wordbox-copy-link").addEventListener("click", async () => {
   const from = Number(linked.get("from"));
   if (linked.get("from") && from >= 0 && from <= 1) { level = from; moved = true; }
   const name = linked.get("example");
-  const ready = name && await until(() => Array.from(document.querySelectorAll(".wordbox-packaged-pictures img")).find((img) => nameIn(img.src) === name), 5);
+  const ready = name && await until(() => Array.from(document.querySelectorAll(".wordbox-packaged-pictures img")).find((img) => nameIn(img.src) === name));
   if (!ready) {
     one(".wordbox-placeholder .lead").textContent = "This link contains a query, but no picture.";
     one(".wordbox-placeholder .more").textContent = "Add your picture and press Find.";

@@ -91,7 +91,7 @@ def test_link__contains_no_uploaded_picture(tab: Tab, pictures: dict[str, Path])
     assert "green" not in link and "example" not in link
     again = tab.page.context.new_page()
     again.goto(link)
-    again.locator(".wordbox-placeholder", has_text="but no picture").wait_for(timeout=20_000)
+    again.locator(".wordbox-placeholder", has_text="but no picture").wait_for()
     assert again.locator("#ovd-words textarea").input_value() == "red, <b>x</b>"
 
 
@@ -220,7 +220,7 @@ def test_accessibility__axe_finds_nothing_serious(tab: Tab, pictures: dict[str, 
     def serious(state: str) -> list[str]:
         tab.page.evaluate(script)
         found: list[str] = []
-        for _ in range(4):  # Gradio pales a part while its answer is on the way: only what stays is a finding
+        for _ in range(20):  # Gradio pales a part while its answer is on the way: only what stays is a finding
             violations = tab.page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
             found = [
                 f"{state}: {v['id']} {v['nodes'][0]['html']}"
