@@ -131,7 +131,7 @@ class FvlmRegionModel(RegionModel):
                 elif len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
                     notices.append(hint)
                 elif (head := self.training_words.head_of(phrase)) is not None:
-                    why = "separate words with commas" if " and " in phrase else "attributes are ignored"
+                    why = "separate words with commas" if " and " in phrase else "the other words are ignored"
                     notices.append(f"{phrase!r} is searched as {head!r}: {why}")
                 elif len(group) == 1:
                     english = self.training_words.is_english

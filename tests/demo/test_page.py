@@ -109,6 +109,13 @@ def test_page__words_give_boxes(tab: Tab, pictures: dict[str, Path]) -> None:
     assert red["height"] == pytest.approx(50 * scale, abs=5)
 
 
+def test_page__word_that_lost_its_box_to_another_is_not_called_missing(tab: Tab, pictures: dict[str, Path]) -> None:
+    tab.find(pictures["good"], "red; crimson: red; unicorn")
+    lines = tab.page.locator(".wordbox-not-found li").all_inner_texts()
+    assert lines[0].startswith("crimson has no box of its own: where it scores best (1.00)")
+    assert lines[1].startswith("unicorn not found at 0.30 or more")
+
+
 def test_page__example_fills_in_and_runs(tab: Tab) -> None:
     tab.page.locator("#wordbox-examples tr.tr-body").first.click()
     tab.page.locator(".wordbox-boxes .item").first.wait_for()

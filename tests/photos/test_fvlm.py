@@ -378,7 +378,7 @@ def test_nouns_of__reads_a_list_or_lists_by_reason(tmp_path: Path) -> None:
 def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["red car", "dogs", "zzyzx", "cup of coffee"])
-    assert query.notices[0] == "'red car' is searched as 'car': attributes are ignored"
+    assert query.notices[0] == "'red car' is searched as 'car': the other words are ignored"
     assert query.notices[1].startswith("'zzyzx' is not a word these weights were trained on; nearest known words: ")
     assert query.notices[2].startswith("'cup of coffee' is searched as 'cup'") and len(query.notices) == 3
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
