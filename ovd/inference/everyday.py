@@ -29,7 +29,11 @@ _SPORT = (
 _TRAFFIC = ("bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat")
 _TABLE = ("wine glass", "cup", "fork", "knife", "spoon", "bowl")
 
+COLLECTIVE: dict[str, str] = dict.fromkeys(("crowd", "audience", "team", "family"), "person")
+"""Several in one noun -> the word that each of their boxes shows."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
+    **{noun: (member,) for noun, member in COLLECTIVE.items()},
     "vehicle": _TRAFFIC,
     "transport": _TRAFFIC,
     "motor vehicle": ("car", "motorcycle", "bus", "truck"),
@@ -57,10 +61,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "screen": ("tv", "laptop"),
     "display": ("tv", "laptop"),
     "monitor": ("tv",),  # COCO's boxes of *tv* are those of monitors too
-    "crowd": ("person",),
-    "audience": ("person",),
-    "team": ("person",),
-    "family": ("person",),
     "bag": ("backpack", "handbag", "suitcase"),
     "luggage": ("backpack", "handbag", "suitcase"),
     "sports equipment": _SPORT,

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.everyday import GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
+from ovd.inference.everyday import COLLECTIVE, GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
 _MARKS = ' .,;:!?…。！？()[]{}<>«»"“”'
@@ -136,6 +136,12 @@ class WordList:
         forms = singulars(folded(self._understood_part(phrase)))
         general = next((INDISTINCT[form] for form in forms if form in INDISTINCT), None)
         return general if general in self._columns[2] else None
+
+    def member_of(self, phrase: str) -> str | None:
+        """The one of the words that each box of a collective noun (*crowd*) shows; None: the phrase is none."""
+        forms = singulars(folded(self._understood_part(phrase)))
+        member = next((COLLECTIVE[form] for form in forms if form in COLLECTIVE), None)
+        return member if member in self._columns[2] else None
 
     def index_of(self, word: str) -> int | None:
         """Number of a word, or else of the first that means the same; None: there is none."""

@@ -23,7 +23,7 @@ from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
 from ovd.inference.everyday import GROUPS, INDISTINCT, KINDS, OTHER_THINGS
-from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.known_words import WordList, singulars
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
@@ -394,6 +394,17 @@ def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -
     scores = detector.embed(np.zeros((32, 48, 3), dtype=np.uint8)).scores(query).score_RC
     np.testing.assert_allclose(scores[:, 0], scores[:, 1] / 2, rtol=1e-6)  # it is one, or it is not
     assert "kitten" not in detector.model.prompt_free_words().names
+
+
+def test_notices__say_that_a_crowd_is_boxed_person_by_person(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=4)
+    assert isinstance(detector.model, FvlmRegionModel)
+    detector.model.proposal_words = WordList(words=("person",), lexicon=LEXICON)
+    embedding = np.eye(1, detector.model.background_words.shape[1], dtype=np.float32)
+    for phrase in ("crowd", "crowds", "crowd of people"):
+        said = f"{phrase!r} is searched as 'person': one box for each"
+        assert detector.model.notices([[phrase]], embedding) == (said,)
+    assert detector.model.notices([["people"]], embedding) == ()
 
 
 def test_detector__copy_is_equal_and_any_picture_shape_works(trained: Path) -> None:
