@@ -112,6 +112,13 @@ OTHER_THINGS = frozenset(
 )  # fmt: skip
 """WordNet lists them as names of one of the words (*wheel* of bicycle, *plug* of fire hydrant); users mean others."""
 
+AFTER_HEADS = frozenset(
+    ("at", "behind", "beside", "by", "carrying", "eating", "for", "from", "full", "holding", "in", "inside",
+     "lying", "made", "near", "next", "of", "on", "over", "playing", "riding", "running", "sitting", "sleeping",
+     "standing", "that", "under", "walking", "wearing", "which", "who", "with", "without")
+)  # fmt: skip
+"""What comes after the noun that a phrase is about: *man* of "man wearing a hat"."""
+
 IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",
     "teeth": "tooth", "feet": "foot", "knives": "knife", "shelves": "shelf", "leaves": "leaf", "loaves": "loaf",

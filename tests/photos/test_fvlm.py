@@ -387,6 +387,30 @@ def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: 
     np.testing.assert_array_equal(scores[:, 0], scores[:, 1])
 
 
+@pytest.mark.parametrize(
+    ("phrase", "head"),
+    [
+        ("a man wearing a hat", "man"),
+        ("people sitting on a bench", "people"),
+        ("dog with a ball", "dog"),
+        ("the red car", "car"),
+        ("plate of food", "plate"),
+        ("logo on a shirt", None),  # about no shirt
+    ],
+)
+def test_word_list__a_phrase_is_about_the_noun_before_its_prepositions(phrase: str, head: str | None) -> None:
+    assert WORDS.head_of(phrase) == head
+
+
+@pytest.mark.parametrize(
+    ("phrase", "noun"), [("plush toy", "toy"), ("large monitor", "monitor"), ("red vehicles", "vehicle")]
+)
+def test_word_list__a_phrase_has_the_members_of_its_noun(phrase: str, noun: str) -> None:
+    assert WORDS.members_of(phrase) == WORDS.members_of(noun) != frozenset()
+    phrases, nouns = WORDS.relations([[phrase]]), WORDS.relations([[noun]])
+    np.testing.assert_array_equal(phrases.same_or_below, nouns.same_or_below)
+
+
 def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["kitten", "cat"])
