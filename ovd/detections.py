@@ -218,7 +218,10 @@ class Detections:
 
     @property
     def not_found(self) -> list[tuple[str, float]]:
-        """(class, best score) of every class without a detection at the threshold, in the order typed."""
+        """(class, best score) of every class without a detection at the threshold, in the order typed.
+
+        A best score of the threshold or more: another class scores as high or higher on the same box.
+        """
         detected = set(self.class_id.tolist())
         return [(name, float(self.best[i])) for i, name in enumerate(self.names) if i not in detected]
 

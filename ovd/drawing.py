@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import cv2
@@ -14,6 +15,8 @@ from ovd.colours import class_styles
 
 if TYPE_CHECKING:
     from ovd.detections import Detections
+
+Rectangle = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 
 
 def draw_detections(pixels: NDArray[np.uint8], detections: Detections, *, masks: bool = True) -> NDArray[np.uint8]:
@@ -40,22 +43,60 @@ def draw_detections(pixels: NDArray[np.uint8], detections: Detections, *, masks:
     pen = ImageDraw.Draw(image)
     widest = max(2, round(min(height, width) / 200))
     largest = max(11, round(min(height, width) / 32))
-    for i in reversed(range(len(detections))):
-        style = styles[detections.class_id[i]]
-        x1, y1, x2, y2 = (float(v) for v in detections.xyxy[i])
-        corners = (round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1))
-        side = max(x2 - x1, y2 - y1)  # a frame and a label must not hide what is small in a large picture
-        line, size = min(widest, max(2, round(side / 20))), min(largest, max(16, round(side / 4)))
-        pen.rectangle(corners, outline="white", width=line + 2)
-        pen.rectangle(corners, outline=style.colour, width=line)
+    labels: list[tuple[Rectangle, Image.Image]] = []
+    for i in range(len(detections)):  # the best score chooses first where its label goes
         text = f"{detections.class_name[i]} {detections.confidence[i]:.2f}"
+        size = min(largest, max(16, round(longer_side(detections.xyxy[i]) / 4)))
         ink = Image.fromarray(text_coverage(text, size))
-        w, h = ink.width + 8, ink.height + 4
-        x = min(max(0, corners[0]), max(0, width - w))
-        y = corners[1] - h if corners[1] >= h else max(0, corners[1])
-        pen.rectangle((x, y, x + w, y + h), fill=style.colour)
-        pen.bitmap((x + 4, y + 2), ink, fill=style.ink)
+        taken = [place for place, _ in labels]
+        place = place_label(
+            corners_of(detections.xyxy[i]), (ink.width + 8, ink.height + 4), taken=taken, size=(width, height)
+        )
+        labels.append((place, ink))
+    for i in reversed(range(len(detections))):
+        colour = styles[detections.class_id[i]].colour
+        line = min(widest, max(2, round(longer_side(detections.xyxy[i]) / 20)))
+        pen.rectangle(corners_of(detections.xyxy[i]), outline="white", width=line + 2)
+        pen.rectangle(corners_of(detections.xyxy[i]), outline=colour, width=line)
+    for i in reversed(range(len(detections))):  # no box crosses a label
+        style, (place, ink) = styles[detections.class_id[i]], labels[i]
+        pen.rectangle(place, fill=style.colour)
+        pen.bitmap((place[0] + 4, place[1] + 2), ink, fill=style.ink)
     return np.asarray(image)
+
+
+def corners_of(box: NDArray[np.float32]) -> Rectangle:
+    """The pixels of the corners of a box."""
+    x1, y1, x2, y2 = (float(v) for v in box)
+    return round(x1), round(y1), max(round(x1), round(x2) - 1), max(round(y1), round(y2) - 1)
+
+
+def longer_side(box: NDArray[np.float32]) -> float:
+    """Of a box, in pixels: a frame and a label must not hide what is small in a large picture."""
+    return float(max(box[2] - box[0], box[3] - box[1]))
+
+
+def place_label(
+    box: Rectangle, label: tuple[int, int], *, taken: Sequence[Rectangle], size: tuple[int, int]
+) -> Rectangle:
+    """Where the label of a box goes: above or below it, else inside, where no other label is if there is such a place.
+
+    Args:
+        box: its corners.
+        label: (width, height).
+        taken: the labels that have their place.
+        size: (width, height) of the picture.
+    """
+    (w, h), (width, height) = label, size
+    left, right = (min(max(0, x), max(0, width - w)) for x in (box[0], box[2] - w + 1))
+    top, bottom = max(0, box[1]), min(box[3], height - 1)
+    spots = (
+        *((left, top - h), (left, top), (right, top - h), (right, top)),
+        *((left, bottom), (left, bottom - h), (right, bottom), (right, bottom - h)),
+    )
+    places = [(x, y, x + w, y + h) for x, y in spots if 0 <= y <= height - h]
+    free = [a for a in places if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken)]
+    return next(iter(free or places), (left, top, left + w, top + h))
 
 
 def text_coverage(text: str, size: int) -> NDArray[np.uint8]:

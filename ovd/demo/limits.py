@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
 
@@ -21,7 +22,7 @@ from ovd.demo.uploads import Uploads
 
 if TYPE_CHECKING:
     from starlette.datastructures import Headers
-    from starlette.types import ASGIApp, Receive, Scope
+    from starlette.types import ASGIApp, Message, Receive, Scope
 
 log = logging.getLogger(__name__)
 
@@ -125,10 +126,14 @@ class PageGate(Gate):
         body = self._check(body, name=name, keywords=call is not None and call["version"] is not None)
         self._check_queue(large=large)  # others came while the body was read
         self._queue.enter()
-        try:
-            await self._app(scope, replay(body, receive), reply)
-        finally:
-            self._queue.entered()
+        with ExitStack() as entering:
+            entering.callback(self._queue.entered)
+
+            async def queued(message: Message) -> None:
+                entering.close()  # once there is an answer it stands in the queue itself, and would count twice
+                await reply(message)
+
+            await self._app(scope, replay(body, receive), queued)
 
     def _require_endpoint(self, name: str) -> str:
         try:

@@ -80,20 +80,21 @@ function pick(name) { document.dispatchEvent(new CustomEvent("wordbox:weights", 
 
 // ---- links -----------------------------------------------------------------------------------------------------
 
+// Of the answer that is shown, which another query or a click on the history does not change yet, or has changed.
+const shownWords = () => past.find((p) => p.answer === answer).words;
+
 function linkOf() {
-  const words = answer.everything ? "everything" : pending.words;
-  const parts = new URLSearchParams({ words });
+  const parts = new URLSearchParams({ words: shownWords() });
   if (moved) parts.set("from", two(level));
   if (answer.example) parts.set("example", answer.example);
-  const weights = pickedWeights();
-  if (weights) parts.set("weights", weights);
+  if (pickedWeights()) parts.set("weights", answer.model.name);
   return `${location.origin}${location.pathname}#${parts}`;
 }
 
 function drawLink() { say(""); }
 
 one(".wordbox-copy-link").addEventListener("click", async () => {
-  const words = answer.everything ? "everything" : pending.words;
+  const words = shownWords();
   if (!words.trim()) return say("A link holds words only, and this query has crops alone.");
   if (words.length > MOST_LINK) return say(`These words are too long for a link (${words.length} letters, at most ${MOST_LINK}).`);
   const link = linkOf(), own = answer.example ? "" : " It does not contain your picture.";
@@ -112,7 +113,7 @@ one(".wordbox-copy-link").addEventListener("click", async () => {
   const from = Number(linked.get("from"));
   if (linked.get("from") && from >= 0 && from <= 1) { level = from; moved = true; }
   const name = linked.get("example");
-  const ready = name && await until(() => Array.from(document.querySelectorAll(".wordbox-packaged-pictures img")).find((img) => nameIn(img.src) === name), 5);
+  const ready = name && await until(() => Array.from(document.querySelectorAll(".wordbox-packaged-pictures img")).find((img) => nameIn(img.src) === name));
   if (!ready) {
     one(".wordbox-placeholder .lead").textContent = "This link contains a query, but no picture.";
     one(".wordbox-placeholder .more").textContent = "Add your picture and press Find.";

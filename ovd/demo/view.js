@@ -179,7 +179,8 @@ function drawLists() {
   list.replaceChildren();
   for (const c of missing.slice(0, MOST_MISSING)) {
     const line = make("li");
-    line.append(make("b", {}, c.name), ` not found at ${two(level)} or more; best score ${two(c.best)}`);
+    const lost = ` has no box of its own: where it scores best (${two(c.best)}), another word fits as well or better`;
+    line.append(make("b", {}, c.name), c.best >= level ? lost : ` not found at ${two(level)} or more; best score ${two(c.best)}`);
     const weaker = answer.detections.some((d) => d.class === c.id);
     if (weaker) line.append(" ", make("button", { type: "button", class: "wordbox-show-best-guess", "data-id": c.id, "aria-label": `Show the best guess for ${c.name}` }, "show it"));
     list.append(line);

@@ -29,7 +29,11 @@ _SPORT = (
 _TRAFFIC = ("bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat")
 _TABLE = ("wine glass", "cup", "fork", "knife", "spoon", "bowl")
 
+COLLECTIVE: dict[str, str] = dict.fromkeys(("crowd", "audience", "team", "family"), "person")
+"""Several in one noun -> the word that each of their boxes shows."""
+
 GROUPS: dict[str, tuple[str, ...]] = {
+    **{noun: (member,) for noun, member in COLLECTIVE.items()},
     "vehicle": _TRAFFIC,
     "transport": _TRAFFIC,
     "motor vehicle": ("car", "motorcycle", "bus", "truck"),
@@ -57,10 +61,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "screen": ("tv", "laptop"),
     "display": ("tv", "laptop"),
     "monitor": ("tv",),  # COCO's boxes of *tv* are those of monitors too
-    "crowd": ("person",),
-    "audience": ("person",),
-    "team": ("person",),
-    "family": ("person",),
     "bag": ("backpack", "handbag", "suitcase"),
     "luggage": ("backpack", "handbag", "suitcase"),
     "sports equipment": _SPORT,
@@ -111,6 +111,13 @@ OTHER_THINGS = frozenset(
      "plug", "sinker", "street sign", "volume", "wheel")
 )  # fmt: skip
 """WordNet lists them as names of one of the words (*wheel* of bicycle, *plug* of fire hydrant); users mean others."""
+
+AFTER_HEADS = frozenset(
+    ("at", "behind", "beside", "by", "carrying", "eating", "for", "from", "full", "holding", "in", "inside",
+     "lying", "made", "near", "next", "of", "on", "over", "playing", "riding", "running", "sitting", "sleeping",
+     "standing", "that", "under", "walking", "wearing", "which", "who", "with", "without")
+)  # fmt: skip
+"""What comes after the noun that a phrase is about: *man* of "man wearing a hat"."""
 
 IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",

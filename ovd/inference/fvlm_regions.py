@@ -126,12 +126,14 @@ class FvlmRegionModel(RegionModel):
                     notices.append(
                         f"{phrase!r} is searched as {general!r}, at half its score: these weights cannot tell"
                     )
+                elif (member := self.proposal_words.member_of(phrase)) is not None:
+                    notices.append(f"{phrase!r} is searched as {member!r}: one box for each")
                 elif self.training_words.understands(phrase):
                     continue
                 elif len(group) > 1 and self.training_words.is_english and (hint := hint_of(phrase)) is not None:
                     notices.append(hint)
                 elif (head := self.training_words.head_of(phrase)) is not None:
-                    why = "separate words with commas" if " and " in phrase else "attributes are ignored"
+                    why = "separate words with commas" if " and " in phrase else "the other words are ignored"
                     notices.append(f"{phrase!r} is searched as {head!r}: {why}")
                 elif len(group) == 1:
                     english = self.training_words.is_english

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.everyday import GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
+from ovd.inference.everyday import AFTER_HEADS, COLLECTIVE, GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
 from pretrain.data.lexicon import Lexicon
 
 _MARKS = ' .,;:!?…。！？()[]{}<>«»"“”'
@@ -95,10 +95,12 @@ class WordList:
         return {key: meaning for key, meaning in found.items() if meaning is not None}
 
     def head_of(self, phrase: str) -> str | None:
-        """The head noun of a phrase: *car* of "red car", *plate* of "plate of food"; None if there is none."""
-        words = folded(phrase).split(" of ")[0].split()
-        heads = [" ".join(words[start:]) for start in range(len(words))]
-        return next((head for head in heads if head != folded(phrase) and self.understands(head)), None)
+        """The head noun of a phrase: *car* of "red car", *man* of "a man with a hat"; None if there is none."""
+        words = folded(phrase).split()
+        end = next((i for i, word in enumerate(words) if i and word in AFTER_HEADS), len(words))
+        heads = [" ".join(words[start:end]) for start in range(end)]
+        understood = [head for head in heads if head != folded(phrase) and self.understands(head)]
+        return next((head for head in understood if head.split()[0] not in ARTICLES), next(iter(understood), None))
 
     def _understood_part(self, phrase: str) -> str:
         """The phrase, or its head noun if the phrase itself has no meaning."""
@@ -137,6 +139,12 @@ class WordList:
         general = next((INDISTINCT[form] for form in forms if form in INDISTINCT), None)
         return general if general in self._columns[2] else None
 
+    def member_of(self, phrase: str) -> str | None:
+        """The one of the words that each box of a collective noun (*crowd*) shows; None: the phrase is none."""
+        forms = singulars(folded(self._understood_part(phrase)))
+        member = next((COLLECTIVE[form] for form in forms if form in COLLECTIVE), None)
+        return member if member in self._columns[2] else None
+
     def index_of(self, word: str) -> int | None:
         """Number of a word, or else of the first that means the same; None: there is none."""
         _, same, number_of = self._columns
@@ -144,7 +152,9 @@ class WordList:
 
     def members_of(self, phrase: str) -> frozenset[str]:
         """Words that the phrase, singular or plural, is a group of."""
-        return frozenset(word for form in singulars(folded(phrase)) for word in GROUPS.get(form, ()))
+        return frozenset(
+            word for form in singulars(folded(self._understood_part(phrase))) for word in GROUPS.get(form, ())
+        )
 
     @cached_property
     def _cache(self) -> OrderedDict[Phrases, Relations]:

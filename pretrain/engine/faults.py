@@ -22,6 +22,7 @@ LOST = (
     "Timed out waiting",
     "Connection closed by peer",
     "Connection reset by peer",
+    "Broken pipe",
     "Socket Timeout",
     "ncclRemoteError",
 )

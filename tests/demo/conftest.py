@@ -58,7 +58,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process, url = start([sys.executable, "-m", "tests.demo.serve", str(folder)], folder / "log.txt")
     yield Server(url, folder, folder / "log.txt")
     process.terminate()
-    process.wait(30)
+    process.wait(60)
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def browser() -> Iterator[Any]:
     if found is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+        chromium = playwright.chromium.launch(executable_path=found, args=list(FLAGS), timeout=120_000)
         yield chromium
         chromium.close()
 

@@ -224,23 +224,23 @@ class Traffic:
 
         def embedded(words: Vocabulary) -> np.ndarray:
             self.begun.append(words.classes[0].name)
-            self.between()
+            self.between(words.classes[0].name)
             return embed(words)
 
         def regions(image: np.ndarray) -> RegionSet:
             self.begun.append("model")
-            assert self.go.wait(20)
+            assert self.go.wait(60)
             return network(image)
 
         text.embed, answerer.detector.model.regions = embedded, regions  # type: ignore[method-assign]
-        self.between = lambda: None
+        self.between: Callable[[str], object] = lambda first: None
         self.people = ThreadPoolExecutor(4)
 
     def ask(self, words: str, picture: str = "good") -> Future[dict[str, Any]]:
         return self.people.submit(self.answerer.answer, self.pictures[picture], words)
 
     def wait_for(self, *begun: str) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not set(begun) <= set(self.begun):
             assert time.monotonic() < end, self.begun
             time.sleep(0.005)
@@ -262,9 +262,9 @@ def test_queue__long_word_lists_are_embedded_in_slices(traffic: Traffic) -> None
     traffic.go.set()
     held = threading.Event()
 
-    def second_slice() -> None:
-        if traffic.begun[-1] == f"thing{SLICE}":
-            held.wait(20)
+    def second_slice(first: str) -> None:
+        if first == f"thing{SLICE}":
+            held.wait(60)
 
     traffic.between = second_slice
     long = traffic.ask(long_list(4 * SLICE))
@@ -273,7 +273,7 @@ def test_queue__long_word_lists_are_embedded_in_slices(traffic: Traffic) -> None
     while traffic.answerer._words._work_queue.qsize() == 0:
         time.sleep(0.005)
     held.set()
-    assert short.result(20)["classes"][0]["name"] == "red" and len(long.result(20)["classes"]) == 4 * SLICE
+    assert short.result(60)["classes"][0]["name"] == "red" and len(long.result(60)["classes"]) == 4 * SLICE
     order = [name for name in traffic.begun if name != "model"]
     assert order.index("red") < order.index(f"thing{3 * SLICE}")
 
@@ -284,11 +284,11 @@ def test_queue__words_are_embedded_while_the_model_is_busy(traffic: Traffic) -> 
     long = traffic.ask(long_list(3 * SLICE), "green")
     mistake = traffic.ask(",;\n" * 10_000, "green")
     with pytest.raises(UserError, match="Type at least one class name"):
-        mistake.result(20)
+        mistake.result(60)
     traffic.wait_for(f"thing{2 * SLICE}")
     assert not first.done() and traffic.begun.count("model") == 1
     traffic.go.set()
-    assert first.result(20)["detections"] and long.result(20)["classes"]
+    assert first.result(60)["detections"] and long.result(60)["classes"]
 
 
 def test_queue__one_request_at_the_model_few_hold_pixels(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ def test_queue__one_request_at_the_model_few_hold_pixels(traffic: Traffic, monke
     time.sleep(0.1)
     assert traffic.begun.count("model") == 1 and traffic.begun.count("pixels") == MAX_DECODED == 3
     traffic.go.set()
-    answers = [one.result(20) for one in requests]
+    answers = [one.result(60) for one in requests]
     assert traffic.begun.count("model") == 2 and sum(a["cached"] for a in answers) == 2
 
 
@@ -316,11 +316,11 @@ def test_queue__is_first_in_first_out(
 
     def one_at_a_time(*args: Any) -> Any:
         at_the_model.append(args[2].names[0])
-        assert may_end.acquire(timeout=20)
+        assert may_end.acquire(timeout=60)
         return run(*args)
 
     def until(reached: Callable[[], bool]) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not reached():
             assert time.monotonic() < end, at_the_model
             time.sleep(0.001)
@@ -345,10 +345,10 @@ def test_queue__shutdown_is_reported_to_waiting_requests(traffic: Traffic) -> No
         time.sleep(0.005)
     closing = traffic.people.submit(traffic.answerer.close)
     with pytest.raises(UserError, match="shutting down"):
-        waiting.result(20)
+        waiting.result(60)
     traffic.go.set()
-    closing.result(20)
-    assert first.result(20)["detections"]
+    closing.result(60)
+    assert first.result(60)["detections"]
     with pytest.raises(UserError, match="shutting down"):
         traffic.answerer.answer(traffic.pictures["good"], "red")
 

@@ -44,13 +44,12 @@ def test_detect__threshold_is_optional(client: Any, pictures: dict[str, Path]) -
 
 
 def test_detect__trailing_arguments_are_optional(server: Server, pictures: dict[str, Path]) -> None:
-    base = f"{server.url}/gradio_api"
-    with pictures["good"].open("rb") as file:
-        path = httpx.post(f"{base}/upload", files={"files": file}).json()[0]
-    picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    for data in ([picture, "red"], [picture, "red", None, None], [picture, "red", None, None, "strict-fake"]):
-        event = httpx.post(f"{base}/call/detect", json={"data": data}).json()["event_id"]
-        assert '"red"' in httpx.get(f"{base}/call/detect/{event}").text
+    with httpx.Client(base_url=f"{server.url}/gradio_api", timeout=60) as http:
+        path = http.post("/upload", files={"files": pictures["good"].read_bytes()}).json()[0]
+        picture = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        for data in ([picture, "red"], [picture, "red", None, None], [picture, "red", None, None, "strict-fake"]):
+            event = http.post("/call/detect", json={"data": data}).json()["event_id"]
+            assert '"red"' in http.get(f"/call/detect/{event}").text
 
 
 def test_queue__session_survives_many_later_sessions(client: Any, server: Server, pictures: dict[str, Path]) -> None:

@@ -26,7 +26,7 @@ def test_fair_semaphore__is_first_in_first_out(count: int) -> None:
     def hold(number: int) -> None:
         with semaphore:
             order.append(number)
-            done[number].wait(20)
+            done[number].wait(60)
 
     with ThreadPoolExecutor(20) as people:
         for number in range(20):
@@ -58,7 +58,7 @@ def test_fair_semaphore__reacquiring_waits_behind_others() -> None:
             until_waiting(semaphore, 1)
         with semaphore:
             order.append("came back")
-        waiting.result(20)
+        waiting.result(60)
     assert order == ["waited", "came back"]
 
 

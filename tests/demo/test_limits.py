@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import selectors
 from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,10 +26,23 @@ SMALL = Limits(request=1000, small=100, together=1500, upload=1000, other=50, gr
 STALLED = object()  # among chunks: nothing more comes
 
 
+class JumpingClock(selectors.DefaultSelector):
+    """Where an event loop would wait, its clock jumps: the seconds of a test do not depend on a busy machine."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now += timeout or 0.0
+        return super().select(0)
+
+
 def run(work: Coroutine[Any, Any, T]) -> T:
     """In a thread: Playwright keeps a loop running in this one."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, work).result()
+    clock = JumpingClock()
+    loop = asyncio.SelectorEventLoop(clock)
+    loop.time = lambda: clock.now  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as thread, contextlib.closing(loop):
+        return thread.submit(loop.run_until_complete, work).result()
 
 
 @dataclass
@@ -251,6 +266,21 @@ def test_queue__full_is_503_with_length_and_retry_after(scene: Scene) -> None:
         assert answer.status == 503 and answer.headers["retry-after"] == "8"
         assert answer.detail == "The queue is full: 16 requests wait. Try again in 8 seconds"
     assert scene.ask(UPLOAD, [b"x"]).status == 200  # a picture may be sent meanwhile
+
+
+def test_queue__an_answered_request_is_no_longer_on_its_way_in(scene: Scene) -> None:
+    """Its sender may send the next one before Gradio's application has returned."""
+    inside: list[int] = []
+
+    async def lingers(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        inside.append(scene.queue.inside)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        inside.append(scene.queue.inside)
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    scene.gate._app = lingers
+    assert scene.ask(CALL, [b"{}"]).status == 200 and inside == [1, 0] and scene.queue.inside == 0
 
 
 def test_queue__large_requests_have_a_lower_limit(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import BadImageError, UserError
 from pretrain.engine.files import whole_folder
 from tests.detector.fakes import COLOURS, ColourModel, WordEncoder, make_detector, picture
+from tests.fuzz.damage import FUZZ
 
 
 def test_detect__boxes_are_in_original_pixels() -> None:
@@ -258,7 +259,7 @@ def test_polygons__follow_the_mask() -> None:
     assert np.abs(points.min(0) - (10, 20)).max() <= 1 and np.abs(points.max(0) - (50, 70)).max() <= 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(FUZZ, max_examples=60)
 @given(
     st.floats(-20, 60), st.floats(-20, 60), st.floats(1, 70), st.floats(1, 70), st.integers(1, 40), st.integers(1, 40)
 )

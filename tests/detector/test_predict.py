@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ovd.drawing import draw_detections, text_coverage
+from ovd.drawing import draw_detections, place_label, text_coverage
 from ovd.picture_files import PictureFiles
 from ovd.predict import drawn_names, main, parser, predict
 from ovd.vocabulary import Vocabulary
@@ -278,6 +278,17 @@ def test_drawing__boxes_across_the_border() -> None:
     pixels = picture()
     drawn = draw_detections(pixels, found)
     assert drawn.shape == pixels.shape and (pixels == picture()).all()
+
+
+def test_drawing__labels_lie_beside_each_other_and_in_the_picture() -> None:
+    size, label, taken = (400, 300), (120, 20), []
+    for box in ((100, 100, 199, 199), (105, 100, 204, 199), (95, 102, 194, 210), (0, -9, 399, 309), (0, 0, 399, 299)):
+        x1, y1, x2, y2 = place = place_label(box, label, taken=taken, size=size)
+        assert (x2 - x1, y2 - y1) == label and 0 <= x1 < x2 <= 400 and 0 <= y1 < y2 <= 300
+        assert not any(x1 < b[2] and b[0] < x2 and y1 < b[3] and b[1] < y2 for b in taken)
+        taken.append(place)
+    assert taken[0][:2] == (100, 80) and taken[3][:2] == (0, 0)
+    assert place_label((5, 5, 8, 8), (40, 30), taken=[], size=(10, 10))[:2] == (0, 5)  # a picture smaller than a label
 
 
 @pytest.mark.parametrize(("side", "most"), [(40, 75), (1000, 1080)])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ovd.vocabulary import TEMPLATES_63, TEMPLATES_STICKER, Vocabulary, VocabularyClass, article_for, fill_template
 from pretrain.engine.errors import UserError
+from tests.fuzz.damage import FUZZ
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_vocabulary__limits_are_inclusive() -> None:
     assert Vocabulary.parse("x" * 100).names == ("x" * 100,)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(FUZZ, max_examples=200)
 @given(st.text(max_size=200))
 def test_parse__any_text_gives_clean_names_or_a_user_error(text: str) -> None:
     try:

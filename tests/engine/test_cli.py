@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -493,8 +492,11 @@ def test_run_cli__a_signal_after_the_work_ends_without_a_traceback(number: signa
         "from pretrain.engine.errors import run_cli\n"
         "def main(argv):\n"
         "    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
-        "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
-        "    print('done', flush=True)\n"
+        "    def late():\n"
+        "        while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL: time.sleep(0.01)\n"
+        "        print('done', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    threading.Thread(target=late).start()\n"
         "run_cli(main)\n"
     )
     process = subprocess.Popen(
@@ -505,6 +507,5 @@ def test_run_cli__a_signal_after_the_work_ends_without_a_traceback(number: signa
         cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None and process.stdout.readline() == "done\n"
-    time.sleep(0.3)
     process.send_signal(number)
     assert process.communicate(timeout=30)[1] == "" and process.returncode == -number

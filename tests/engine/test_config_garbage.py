@@ -13,6 +13,7 @@ from pydantic import Field
 
 from pretrain.engine.config import LoopConfig, OptimConfig, Section, dump_config, load_config
 from pretrain.engine.errors import ConfigError
+from tests.fuzz.damage import FUZZ
 
 
 class One(Section):
@@ -42,7 +43,7 @@ class Config(Section):
     optim: OptimConfig = Field(default=OptimConfig(), description="optimiser")
 
 
-FAST = settings(max_examples=60, deadline=None, database=None)
+FAST = settings(FUZZ, max_examples=60)
 
 keys = st.sampled_from(
     [

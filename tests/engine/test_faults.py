@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain.engine.checkpoint import newest
 from pretrain.engine.errors import UserError
-from pretrain.engine.faults import Signals, Stopped, too_many_bad
+from pretrain.engine.faults import Signals, Stopped, explained, too_many_bad
 from tests.engine.toy import Everything, Mean, Numbers, content, differences, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -290,6 +290,15 @@ def test_out_of_memory__says_what_to_change(tmp_path: Path) -> None:
     task.before = fail
     with pytest.raises(UserError, match=r"out of memory on cpu: raise loop\.accumulate or lower loop\.batch_size"):
         train(task, tmp_path / "run")
+
+
+# Which of them gloo says depends on what the kernel had already told when the next message was due.
+@pytest.mark.parametrize(
+    "text", ["Connection closed by peer [::1]:5", "Read error [::1]:5: Connection reset by peer", "writev: Broken pipe"]
+)
+def test_lost_process__is_told_from_whatever_gloo_says(text: str) -> None:
+    error = explained(RuntimeError(text), step=2, device=torch.device("cpu"))
+    assert isinstance(error, UserError) and "process 0 lost the others after step 2" in str(error)
 
 
 # --- a full disk

@@ -18,6 +18,7 @@ from pretrain.engine.errors import UserError
 Path = tuple[str | int, ...]
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "55"))  # of each of nine tests; `make fuzz` runs more
+# Drawn alike in every run, and never refused for a machine that is busy.
 FUZZ = settings(
     max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
     suppress_health_check=[

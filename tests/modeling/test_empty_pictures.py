@@ -185,6 +185,6 @@ def test_empty_pictures__one_of_two_processes_without_objects(tmp_path: Path) ->
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=200))
     globals()[sys.argv[1]](Path(sys.argv[2]))
     distributed.teardown()

@@ -23,7 +23,7 @@ from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
 from ovd.inference.everyday import GROUPS, INDISTINCT, KINDS, OTHER_THINGS
-from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.known_words import WordList, singulars
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
@@ -378,13 +378,37 @@ def test_nouns_of__reads_a_list_or_lists_by_reason(tmp_path: Path) -> None:
 def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["red car", "dogs", "zzyzx", "cup of coffee"])
-    assert query.notices[0] == "'red car' is searched as 'car': attributes are ignored"
+    assert query.notices[0] == "'red car' is searched as 'car': the other words are ignored"
     assert query.notices[1].startswith("'zzyzx' is not a word these weights were trained on; nearest known words: ")
     assert query.notices[2].startswith("'cup of coffee' is searched as 'cup'") and len(query.notices) == 3
     picture = np.zeros((32, 48, 3), dtype=np.uint8)
     scores = detector.embed(picture).scores(detector.query(["red car", "car"])).score_RC
     assert (scores[:, 0] > 0).any()
     np.testing.assert_array_equal(scores[:, 0], scores[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("phrase", "head"),
+    [
+        ("a man wearing a hat", "man"),
+        ("people sitting on a bench", "people"),
+        ("dog with a ball", "dog"),
+        ("the red car", "car"),
+        ("plate of food", "plate"),
+        ("logo on a shirt", None),  # about no shirt
+    ],
+)
+def test_word_list__a_phrase_is_about_the_noun_before_its_prepositions(phrase: str, head: str | None) -> None:
+    assert WORDS.head_of(phrase) == head
+
+
+@pytest.mark.parametrize(
+    ("phrase", "noun"), [("plush toy", "toy"), ("large monitor", "monitor"), ("red vehicles", "vehicle")]
+)
+def test_word_list__a_phrase_has_the_members_of_its_noun(phrase: str, noun: str) -> None:
+    assert WORDS.members_of(phrase) == WORDS.members_of(noun) != frozenset()
+    phrases, nouns = WORDS.relations([[phrase]]), WORDS.relations([[noun]])
+    np.testing.assert_array_equal(phrases.same_or_below, nouns.same_or_below)
 
 
 def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -> None:
@@ -394,6 +418,17 @@ def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -
     scores = detector.embed(np.zeros((32, 48, 3), dtype=np.uint8)).scores(query).score_RC
     np.testing.assert_allclose(scores[:, 0], scores[:, 1] / 2, rtol=1e-6)  # it is one, or it is not
     assert "kitten" not in detector.model.prompt_free_words().names
+
+
+def test_notices__say_that_a_crowd_is_boxed_person_by_person(trained: Path) -> None:
+    detector = Detector.load(trained / "run", regions=4)
+    assert isinstance(detector.model, FvlmRegionModel)
+    detector.model.proposal_words = WordList(words=("person",), lexicon=LEXICON)
+    embedding = np.eye(1, detector.model.background_words.shape[1], dtype=np.float32)
+    for phrase in ("crowd", "crowds", "crowd of people"):
+        said = f"{phrase!r} is searched as 'person': one box for each"
+        assert detector.model.notices([[phrase]], embedding) == (said,)
+    assert detector.model.notices([["people"]], embedding) == ()
 
 
 def test_detector__copy_is_equal_and_any_picture_shape_works(trained: Path) -> None:

@@ -74,6 +74,12 @@ def train(root: Path, variant: str, *more: str) -> Path:
     return out / "exported"
 
 
+def trained_once(root: Path, variant: str) -> Path:
+    """The same for the tests that share it, whichever comes first."""
+    folder = root / variant / "exported"
+    return folder if folder.exists() else train(root, variant)
+
+
 def test_pyramid__learns_while_its_network_is_frozen(run: Path, encoder: JointEncoder) -> None:
     proposer = load_proposals(run / "proposals", precision=torch.float32)
     assert isinstance(encoder.visual, TimmImage)
@@ -112,7 +118,7 @@ def test_proposals__nanodet_cannot_start_a_library_backbone(run: Path, trained: 
 
 @pytest.mark.parametrize("variant", ["text", "fvlm", "vild", "ensemble"])
 def test_variants__train_without_the_novel_word(run: Path, variant: str) -> None:
-    folder = train(run, variant)
+    folder = trained_once(run, variant)
     card = read_card(folder)
     assert card.classes == ("car",)
     assert not {"dog", "domestic dog", "canine"} & set(card.background_words)
@@ -126,9 +132,7 @@ def test_variants__train_without_the_novel_word(run: Path, variant: str) -> None
 
 
 def test_ovcoco__evaluated_on_all_words(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run / "ensemble/exported"
-    if not folder.exists():
-        train(run, "ensemble")
+    folder = trained_once(run, "ensemble")
     assert ovd_evaluate.main(["--weights", str(folder), "--data", f"coco:{run}/images:{run}/boxes.json"]) == 0
     assert "AP50" in capsys.readouterr().out
 

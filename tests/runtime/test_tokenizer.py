@@ -14,6 +14,7 @@ from ovd.runtime.files import MERGES
 from ovd.runtime.tokenizer import BytePairs
 from pretrain.engine.errors import UserError
 from pretrain.nets.towers import ClipTokenizer
+from tests.fuzz.damage import FUZZ
 
 LENGTH = 32
 TEXTS = [
@@ -32,7 +33,7 @@ def test_tokenizer__equals_open_clip(pairs: BytePairs) -> None:
     np.testing.assert_array_equal(pairs(TEXTS), ClipTokenizer(LENGTH)(TEXTS).numpy())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(FUZZ, max_examples=100)
 @given(text=st.text(max_size=60))
 def test_tokenizer__equals_open_clip_on_any_text(pairs: BytePairs, text: str) -> None:
     np.testing.assert_array_equal(pairs([text]), ClipTokenizer(LENGTH)([text]).numpy())
