@@ -142,11 +142,6 @@ def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldI
                     yield key, inner
 
 
-def undocumented(model: type[BaseModel]) -> list[str]:
-    """Keys without a description."""
-    return [key for key, info in walk(model) if not (info.description or "").strip()]
-
-
 # --- types in words --------------------------------------------------------------------------------------------------
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "null"}

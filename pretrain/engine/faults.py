@@ -17,7 +17,7 @@ import torch
 from pretrain.engine.errors import UserError, shorten
 
 MAX_SKIPPED = 3  # consecutive non-finite steps that are skipped; the next one stops the run
-PATIENCE = 300.0  # seconds in one part of a step before a process says where it is
+PATIENCE = 300.0  # seconds in one part of a step before a process says where it is, once for each part
 LOST = (
     "Timed out waiting",
     "Connection closed by peer",
@@ -101,13 +101,11 @@ class Watchdog:
 
     Args:
         rank: this process.
-        patience: seconds in one part of a step after which it says so, once for each part.
         active: False for a single process.
     """
 
-    def __init__(self, rank: int, *, active: bool, patience: float | None = None) -> None:
+    def __init__(self, rank: int, *, active: bool) -> None:
         self.rank, self.active = rank, active
-        self.patience = PATIENCE if patience is None else patience
         self._position = (0, "start", time.monotonic())
         self._stopped = threading.Event()
 
@@ -125,10 +123,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         reported: tuple[int, str, float] | None = None
-        while not self._stopped.wait(self.patience / 4):
+        while not self._stopped.wait(PATIENCE / 4):
             position = self._position
             waited = time.monotonic() - position[2]
-            if waited > self.patience and position is not reported:
+            if waited > PATIENCE and position is not reported:
                 reported = position
                 print(
                     f"warning: process {self.rank} (pid {os.getpid()}) has been in step {position[0]} ({position[1]}) "
