@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.pictures import ImageLike, to_rgb
-from pretrain.data.rle import JsonRle, encode_mask
+from pretrain.data.masks import JsonRle, encode_mask
 from pretrain.engine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
