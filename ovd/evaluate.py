@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.evaluation.options import EvaluationOptions
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 from pretrain.engine.files import read_json, require_writable, sha256_of, write_atomically
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _report(
     from ovd.evaluation import report
 
     for warning in metrics.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     print(report.table(metrics))
     if options.out:
         command = ["python", "-m", "ovd.evaluate", *argv]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from ovd.formats.read import read_spec
 from pretrain.data.coco import check_ground_truth
 from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.distributed import pick_device
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, warn
 from pretrain.engine.files import read_json, sha256_of
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def read_data(options: EvaluationOptions) -> EvaluatedData:
         labels = read_spec(data.labels, prefer=EVALUATED_PARTS)
         gt, where, folder, digest = labels.content, labels.where, labels.root, None
         for notice in labels.notices:
-            print(f"warning: {where}: {notice}", file=sys.stderr)
+            warn(f"{where}: {notice}")
     else:
         assert data.images is not None and data.annotations is not None
         gt, where, folder = read_json(data.annotations), str(data.annotations), data.images
@@ -179,7 +178,7 @@ def predictors(
         return _closed_set(folder, data.split, options, device, record)
     detector = load_detector(options, record)
     if data.scenes is not None and not detector.model.has_published_protocol:
-        print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
+        warn("these weights are made for photographs, Sticker Scenes are drawings")
     if options.examples:
         predictor = by_examples(detector, options, data, record)
         if not isinstance(predictor, Predictor):

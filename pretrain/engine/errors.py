@@ -75,6 +75,11 @@ class BadImageError(UserError):
         return BadImageError, (str(self.path), self.reason)
 
 
+def warn(text: object) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def shorten(text: str, limit: int = 80) -> str:
     """``text``, cut to ``limit`` characters: a message quotes what was given, however long that is."""
     return text if len(text) <= limit else text[: limit - 3] + "..."

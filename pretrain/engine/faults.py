@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from pretrain.engine.errors import UserError, shorten
+from pretrain.engine.errors import UserError, shorten, warn
 
 MAX_SKIPPED = 3  # consecutive non-finite steps that are skipped; the next one stops the run
 PATIENCE = 300.0  # seconds in one part of a step before a process says where it is, once for each part
@@ -128,12 +127,10 @@ class Watchdog:
             waited = time.monotonic() - position[2]
             if waited > PATIENCE and position is not reported:
                 reported = position
-                print(
-                    f"warning: process {self.rank} (pid {os.getpid()}) has been in step {position[0]} ({position[1]}) "
+                warn(
+                    f"process {self.rank} (pid {os.getpid()}) has been in step {position[0]} ({position[1]}) "
                     f"for {waited:.0f} s. It waits for others, or they for it: look at the process that names another "
-                    "step or part, or none",
-                    file=sys.stderr,
-                    flush=True,
+                    "step or part, or none"
                 )
 
 
