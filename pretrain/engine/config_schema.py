@@ -240,13 +240,13 @@ def describe(model: type[BaseModel], section: str | None = None) -> str:
     )
 
 
-def overview(model: type[BaseModel], *, width: int = 96) -> str:
+def overview(model: type[BaseModel]) -> str:
     """The keys and sections at the top, a line each; what does not fit it is cut."""
     lines = []
     for name, info in model.model_fields.items():
         below = bool(field_shape(info).sections)
         text = ("required: " if info.is_required() and not below else "") + (info.description or "")
-        lines.append(f"  {name + '.…' if below else name:<21} {textwrap.shorten(text, width - 24, placeholder=' …')}")
+        lines.append(f"  {name + '.…' if below else name:<21} {textwrap.shorten(text, 72, placeholder=' …')}")
     return "\n".join(lines)
 
 
