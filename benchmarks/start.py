@@ -22,8 +22,8 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
+from _common import PHOTO, ROOT
+
 FIRST_BOXES = f"""
 import time
 start = time.perf_counter()
