@@ -11,11 +11,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +164,25 @@ def report(title: str, rows: Sequence[tuple[str, str, str]], figures: Mapping[st
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({"title": title, "machine": host, **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def page_url(page: subprocess.Popen[str]) -> str:
+    """The address of a page that was started, once it has answered with HTTP 200."""
+    assert page.stdout is not None
+    said = []
+    for line in page.stdout:
+        said.append(line)
+        if found := re.search(r"http://[\w.:\[\]]+/?", line):
+            with urllib.request.urlopen(found.group(), timeout=60) as answer:
+                if answer.status == 200:
+                    return found.group()
+    raise SystemExit("error: the page did not start:\n" + "".join(said))
+
+
+def cpu_seconds(process: int) -> float:
+    """Seconds of the processor that a process took so far."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def pictures(size: int | tuple[int, int], count: int) -> list[np.ndarray]:
