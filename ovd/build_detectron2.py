@@ -210,9 +210,7 @@ def wheel_path(name: str) -> str | None:
     return None
 
 
-def patch_sources(
-    sources: dict[str, bytes], patches: tuple[SourcePatch, ...] = PATCHES
-) -> tuple[dict[str, bytes], dict[str, int]]:
+def patch_sources(sources: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, int]]:
     """Apply every patch to every file.
 
     Returns:
@@ -222,12 +220,12 @@ def patch_sources(
         Refused: a patch that matches nothing; then the archive is not the one the patches were written for.
     """
     changed = dict(sources)
-    counts = {patch.name: 0 for patch in patches}
+    counts = {patch.name: 0 for patch in PATCHES}
     for path, content in sources.items():
         if not path.endswith(".py"):
             continue
         text = content.decode("utf-8")
-        for patch in patches:
+        for patch in PATCHES:
             text, count = patch.apply(path, text)
             counts[patch.name] += count
         changed[path] = text.encode("utf-8")
