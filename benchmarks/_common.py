@@ -11,11 +11,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
+PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
 if str(ROOT) not in sys.path:  # `python benchmarks/bench_x.py` puts only benchmarks/ there
     sys.path.insert(0, str(ROOT))
 
@@ -79,6 +82,21 @@ def set_threads(count: int | None) -> None:
         torch.set_num_threads(max(1, count))
 
 
+def photo() -> np.ndarray:
+    """The shipped photo of dogs, as (480, 640, 3) pixels."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.open(PHOTO).convert("RGB").resize((640, 480)))
+
+
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds of a call by the clock, and of the processor (of all threads together)."""
+    start, worked = time.perf_counter(), time.process_time()
+    call()
+    return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - worked)
+
+
 def take_turns(
     alternatives: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
@@ -97,12 +115,10 @@ def take_turns(
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between the neighbours, as numpy's default."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    """Linear between the neighbours."""
+    import numpy as np
+
+    return float(np.quantile(values, share))
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float]:
@@ -148,6 +164,25 @@ def report(title: str, rows: Sequence[tuple[str, str, str]], figures: Mapping[st
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({"title": title, "machine": host, **figures}, indent=1) + "\n", encoding="utf-8")
+
+
+def page_url(page: subprocess.Popen[str]) -> str:
+    """The address of a page that was started, once it has answered with HTTP 200."""
+    assert page.stdout is not None
+    said = []
+    for line in page.stdout:
+        said.append(line)
+        if found := re.search(r"http://[\w.:\[\]]+/?", line):
+            with urllib.request.urlopen(found.group(), timeout=60) as answer:
+                if answer.status == 200:
+                    return found.group()
+    raise SystemExit("error: the page did not start:\n" + "".join(said))
+
+
+def cpu_seconds(process: int) -> float:
+    """Seconds of the processor that a process took so far."""
+    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def pictures(size: int | tuple[int, int], count: int) -> list[np.ndarray]:

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
-import urllib.request
 from functools import partial
 from itertools import islice, product
 from typing import TYPE_CHECKING
 
-from _common import ROOT, milliseconds, parser, pictures, ratio, report, set_threads, show_ratio, take_turns
+from _common import ROOT, milliseconds, page_url, parser, pictures, ratio, report, set_threads, show_ratio, take_turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,16 +33,8 @@ def cold_start(weights: str, threads: int | None) -> float:
     start = time.perf_counter()
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert server.stdout is not None
-        said: list[str] = []
-        for line in server.stdout:
-            said.append(line)
-            found = re.search(r"http://[\w.:\[\]]+/?", line)
-            if found:
-                with urllib.request.urlopen(found.group(), timeout=60) as answer:
-                    if answer.status == 200:
-                        return time.perf_counter() - start
-        raise SystemExit("error: the page did not start:\n" + "".join(said))
+        page_url(server)
+        return time.perf_counter() - start
     finally:
         server.terminate()
         try:

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import cv2
-import numpy as np
-from PIL import Image
+from _common import photo, timed
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
 WORDS = "person, dog, cat, car, chair, table, cup, bottle, tree, grass"
 
 
@@ -34,17 +31,13 @@ def main() -> int:
     from ovd.detector import Detector
 
     cv2.setNumThreads(options.threads)
-    photo = np.asarray(Image.open(PHOTO).convert("RGB").resize((640, 480)))
+    picture = photo()
     both = [Detector.load(one, runtime="onnx", threads=options.threads, cache_size=0) for one in options.exports]
     queries = [detector.query(WORDS) for detector in both]
-    times: list[list[tuple[float, float]]] = []
-    for _ in range(options.pairs + 1):
-        pair = []
-        for detector, query in zip(both, queries, strict=True):
-            start, worked = time.perf_counter(), time.process_time()
-            detector.answer(photo, query)
-            pair.append((time.perf_counter() - start, time.process_time() - worked))
-        times.append(pair)
+    times = [
+        [timed(partial(detector.answer, picture, query)) for detector, query in zip(both, queries, strict=True)]
+        for _ in range(options.pairs + 1)
+    ]
     for number, clock in enumerate(("clock", "processor")):
         ratios = sorted(first[number] / second[number] for first, second in times[1:])  # the first loads the graphs
         print(f"threads {options.threads}, first / second by the {clock}: median {statistics.median(ratios):.2f}, "

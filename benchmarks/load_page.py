@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
-from _common import ROOT, parser, percentile, pictures, report
+from _common import ROOT, cpu_seconds, parser, percentile, pictures, report
 
 WORDS = (
     "dog, cat, car",
@@ -154,8 +154,7 @@ class Page:
 
     def cpu(self) -> float:
         """Seconds of CPU so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.process.pid)
 
     def rest(self, seconds: float = 10.0) -> float:
         """Percent of one core that it takes while nobody asks."""

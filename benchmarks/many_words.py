@@ -15,29 +15,20 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+from _common import photo, timed
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
 WORDS = 10_000
-
-
-def milliseconds(call: Callable[[], object]) -> tuple[float, float]:
-    """(clock, processor) of a call."""
-    start, worked = time.perf_counter(), time.process_time()
-    call()
-    return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - worked)
 
 
 def typical(call: Callable[[], object], rounds: int) -> str:
     """Medians of a call as text."""
-    clock, processor = np.median([milliseconds(call) for _ in range(rounds)], axis=0).tolist()
+    clock, processor = np.median([timed(call) for _ in range(rounds)], axis=0).tolist()
     return f"{clock:.1f} ms, {processor:.1f} of the processor"
 
 
@@ -57,7 +48,7 @@ def main() -> int:
     from pretrain.data.lexicon import read_lexicon
 
     cv2.setNumThreads(options.threads)
-    photo = np.asarray(Image.open(PHOTO).convert("RGB").resize((640, 480)))
+    picture = photo()
     detector = Detector.load(
         options.weights,
         runtime=options.runtime,
@@ -70,16 +61,14 @@ def main() -> int:
     many = [*nouns, *(f"thing number {i}" for i in range(WORDS - len(nouns)))][:WORDS]
     one, all_of = detector.query("dog"), detector.query(many)
     for query in (one, all_of):  # the first answer prepares the scorer, and plans the networks' kernels
-        detector.answer(photo, query)
-    pairs = []
-    for _ in range(options.pairs):
-        pairs.append([milliseconds(lambda q=query: detector.answer(photo, q)) for query in (one, all_of)])  # type: ignore[misc]
+        detector.answer(picture, query)
+    pairs = [[timed(partial(detector.answer, picture, query)) for query in (one, all_of)] for _ in range(options.pairs)]
     for number, clock in enumerate(("clock", "processor")):
         ratios = sorted(b[number] / a[number] for a, b in pairs)
         once = statistics.median(a[number] for a, _ in pairs)
         print(f"10,000 words / one word by the {clock}: median {statistics.median(ratios):.3f}, "
               f"{ratios[0]:.3f} to {ratios[-1]:.3f}; one word {once:.0f} ms")  # fmt: skip
-    regions = detector.embed(photo)
+    regions = detector.embed(picture)
     print("10,000 words: scores", typical(lambda: regions.scores(all_of), options.pairs))
     print("10,000 words: scores and boxes", typical(lambda: regions.classify(all_of), options.pairs))
     print("one word: scores and boxes", typical(lambda: regions.classify(one), options.pairs))

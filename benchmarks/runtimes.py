@@ -12,27 +12,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import cv2
-import numpy as np
-from PIL import Image
+from _common import photo, timed
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
 WORDS = (
     "person, dog, cat, car, chair, table, cup, bottle, tree, grass, ball, bird, horse, bicycle, window, door, lamp, "
     "shoe, hat, bag"
 )
-
-
-def seconds(call: Callable[[], object]) -> float:
-    """How long a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def main() -> int:
@@ -44,19 +32,19 @@ def main() -> int:
     from ovd.detector import Detector
 
     cv2.setNumThreads(options.threads)
-    photo = np.asarray(Image.open(PHOTO).convert("RGB").resize((640, 480)))
+    picture = photo()
     both = {
         name: Detector.load("default", runtime=name, device="cpu", threads=options.threads, cache_size=0)
         for name in ("torch", "onnx")
     }
     queries = {name: detector.query(WORDS) for name, detector in both.items()}
     for name, detector in both.items():  # the first run plans kernels
-        detector.answer(photo, queries[name])
+        detector.answer(picture, queries[name])
     pairs = [
-        [seconds(lambda n=name: both[n].answer(photo, queries[n])) for name in both]  # type: ignore[misc]
+        [timed(partial(detector.answer, picture, queries[name]))[0] for name, detector in both.items()]
         for _ in range(options.pairs)
     ]
-    torch_ms, onnx_ms = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
+    torch_ms, onnx_ms = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = [torch / onnx for torch, onnx in pairs]
     print(f"threads {options.threads}: torch {torch_ms:.0f} ms, onnx {onnx_ms:.0f} ms")
     print(f"torch / onnx: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")

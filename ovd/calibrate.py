@@ -26,13 +26,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.query_flags import add_encoder_flag
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 from pretrain.engine.files import read_json, require_writable, require_writable_file, write_atomically
 from pretrain.engine.flags import CommandParser, integer
 
@@ -173,7 +172,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
         return 0
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        warn(notice)
     require_boxes(photos, args.data)
     detector = load(args)
     typed, names = prepare(detector, photos), photos.table.words
@@ -183,10 +182,7 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     figures |= prompt_free_figures(detector, fitted, second.scenes, names)
     fitted, crops_fitted = fit(typed)
     if not crops_fitted:
-        print(
-            "warning: too few photos show the same words to fit the scores of crops; their calibration is unchanged",
-            file=sys.stderr,
-        )
+        warn("too few photos show the same words to fit the scores of crops; their calibration is unchanged")
     fitted = with_fitted_prompt_free(detector, fitted, typed.scenes, names)
     write(args, detector, fitted, {"other_half": figures}, curve, caption="typed words, half of the photos")
     return 0
@@ -213,13 +209,10 @@ def calibrate_finetuned(args: argparse.Namespace) -> bool:
     if not names & {name_key(name) for name in photos.names}:
         return False
     for notice in photos.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        warn(notice)
     others = [name for name in photos.names if name_key(name) not in names]
     if others:
-        print(
-            f"warning: {labels.where}: not classes of this detector, calibration unchanged: {', '.join(others)}",
-            file=sys.stderr,
-        )
+        warn(f"{labels.where}: not classes of this detector, calibration unchanged: {', '.join(others)}")
     model = load(args).model
     assert isinstance(model, FvlmRegionModel) and isinstance(model.network, TorchNetwork)
     assert model.network.finetuned is not None

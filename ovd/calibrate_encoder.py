@@ -13,6 +13,7 @@ from ovd.evaluation.photo_calibration import measure, photos_of, require_boxes
 from ovd.evaluation.reliability import report_fit
 from ovd.user_files import StoredCalibration, calibration_file, calibration_key, write_calibration
 from ovd.weights import detector_folder
+from pretrain.engine.errors import warn
 
 
 def calibrate_encoder(args: argparse.Namespace) -> int:
@@ -20,7 +21,7 @@ def calibrate_encoder(args: argparse.Namespace) -> int:
     folder = detector_folder(args.weights)
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     for notice in photos.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        warn(notice)
     require_boxes(photos, args.data)
     detector = Detector.load(args.weights, device=args.device, cache_size=0, masks=False, encoder=args.encoder)
     typed = prepare_encoder(detector, photos, limit=2 * args.scenes)

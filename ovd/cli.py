@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 
-from ovd.commands import COMMANDS, ELSEWHERE, GROUPS, Command
+from ovd.commands import COMMANDS, ELSEWHERE, GROUPS
 from pretrain.engine.errors import UserError, did_you_mean, run_cli
-
-Main = Callable[[list[str]], int | None]
 
 
 def main(argv: list[str]) -> int:
@@ -34,7 +31,7 @@ def main(argv: list[str]) -> int:
         kind = "flag" if name.startswith("-") else "command"
         hint = f" - here it is '{ELSEWHERE[name]}'" if name in ELSEWHERE else did_you_mean(name, COMMANDS)
         raise UserError(f"unknown {kind} '{name}'{hint}; wordbox --help lists the commands")
-    return main_of(COMMANDS[name])(argv[1:]) or 0
+    return importlib.import_module(COMMANDS[name].module).main(argv[1:]) or 0
 
 
 def help_text() -> str:
@@ -44,12 +41,6 @@ def help_text() -> str:
     for title, commands in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {command.name:{width}}  {command.does}" for command in commands)]
     return "\n".join([*lines, "", "wordbox COMMAND --help has the common options, --help-all the others."])
-
-
-def main_of(command: Command) -> Main:
-    """The function that runs a command."""
-    main: Main = importlib.import_module(command.module).main
-    return main
 
 
 def version() -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 from ovd.commands import GROUPS, Command
 from pretrain.engine.cli import FLAGS
-from pretrain.engine.config import ConfigChoice, Section
+from pretrain.engine.config import Section
+from pretrain.engine.config_choice import ConfigChoice
 from pretrain.engine.config_schema import walk
 from pretrain.engine.errors import UserError
 from pretrain.engine.flags import CommandParser

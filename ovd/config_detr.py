@@ -17,7 +17,8 @@ from ovd.config_finetune import FinetuneConfig
 from ovd.config_fvlm import FvlmTrainConfig
 from ovd.config_proposals import ProposalTrainConfig
 from pretrain.config_views import ImagesConfig, StickerScenes
-from pretrain.engine.config import FREE, LATER, ConfigChoice, LoopConfig, OptimConfig, Section, check_warmup
+from pretrain.engine.config import FREE, LATER, LoopConfig, OptimConfig, Section, check_warmup
+from pretrain.engine.config_choice import ConfigChoice
 
 
 class DetrBackboneConfig(NetworkConfig):

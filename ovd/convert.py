@@ -13,13 +13,12 @@ and VOC, the second half of a pixel in VOC.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ovd.formats.names import DATASET_FORMATS, FORMATS
-from pretrain.engine.errors import BadImageError, UserError, run_cli
+from pretrain.engine.errors import BadImageError, UserError, run_cli, warn
 from pretrain.engine.files import alone_in
 from pretrain.engine.flags import CommandParser
 
@@ -73,17 +72,17 @@ def main(argv: list[str]) -> int:
             f"give {folder}, or --pictures none.{backslash_hint(missing[0])}"
         )
     for notice in (*labelled.notices, *picture_notices(labelled)):
-        print(f"warning: {labels.where}: {notice}", file=sys.stderr)
+        warn(f"{labels.where}: {notice}")
     crowds = sum(shape.crowd for picture in labelled.pictures for shape in picture.shapes)
     if crowds and options.to.startswith("yolo"):
-        print(f"warning: {crowds} crowds (or difficult objects) are left out: YOLO knows none", file=sys.stderr)
+        warn(f"{crowds} crowds (or difficult objects) are left out: YOLO knows none")
     parts = Counter(picture.part for picture in labelled.pictures)
     unlisted = {part: count for part, count in parts.items() if part not in PARTS}
     if options.to.startswith("yolo") and unlisted and len(unlisted) < len(parts):
         named = ", ".join(f"{count} of {part or 'no part'}" for part, count in unlisted.items())
-        print(f"warning: not in data.yaml, which has train, val and test: {named} (--part chooses)", file=sys.stderr)
+        warn(f"not in data.yaml, which has train, val and test: {named} (--part chooses)")
     if boxes_only := outlines_notice(labelled, options.to):
-        print(f"warning: {labels.where}: {boxes_only}", file=sys.stderr)
+        warn(f"{labels.where}: {boxes_only}")
     with alone_in(out):
         require_room(out, overwrite=options.overwrite)  # another command may have written since
         write_labels(labelled, out, options.to, picture_mode=options.pictures)

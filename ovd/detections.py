@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ovd.pictures import ImageLike, to_rgb
-from pretrain.data.rle import JsonRle, encode_mask
+from pretrain.data.masks import JsonRle, encode_mask
 from pretrain.engine.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -46,23 +46,16 @@ DetectionRow = TypedDict(
 """One detection as plain values: columns of the CSV that ``wordbox predict --format csv`` writes."""
 
 
-def paste_mask(
-    mask_MM: NDArray[np.float32],
-    box: NDArray[np.float32],
-    size: tuple[int, int],
-    *,
-    threshold: float = MASK_THRESHOLD,
-) -> NDArray[np.bool_]:
+def paste_mask(mask_MM: NDArray[np.float32], box: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.bool_]:
     """Draw one mask from the frame of its box onto the picture.
 
     Bilinear, with cell centres at (i + ½) / M of the box; a pixel is set when the value at its centre is at least
-    ``threshold`` and its centre is inside the box.
+    `MASK_THRESHOLD` and its centre is inside the box.
 
     Args:
         mask_MM: (M, M) probabilities.
         box: (4,) x1, y1, x2, y2 in pixels.
         size: (height, width) of the picture.
-        threshold: in (0, 1).
 
     Returns:
         (height, width) bool.
@@ -79,7 +72,7 @@ def paste_mask(
         return canvas
     u = (np.arange(left, right, dtype=np.float32) + np.float32(0.5 - x1)) / np.float32(x2 - x1)
     v = (np.arange(top, bottom, dtype=np.float32) + np.float32(0.5 - y1)) / np.float32(y2 - y1)
-    canvas[top:bottom, left:right] = sampled(mask_MM, v, u) >= threshold
+    canvas[top:bottom, left:right] = sampled(mask_MM, v, u) >= MASK_THRESHOLD
     return canvas
 
 
@@ -232,18 +225,14 @@ class Detections:
 
     def chosen(self, keep: NDArray[np.int64]) -> Detections:
         """Some of the detections, by index."""
-        return Detections(
+        return replace(
+            self,
             xyxy=self.xyxy[keep],
             confidence=self.confidence[keep],
             class_id=self.class_id[keep],
             class_name=[self.class_name[i] for i in keep],
-            size=self.size,
-            names=self.names,
-            best=self.best,
-            threshold=self.threshold,
             region=self.region[keep],
             box_masks=None if self.box_masks is None else self.box_masks[keep],
-            notices=self.notices,
         )
 
     def draw(self, image: ImageLike, *, masks: bool = True) -> Image.Image:

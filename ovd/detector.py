@@ -237,25 +237,22 @@ class Detector:
         """
         parsed = parse_examples(examples, picture=picture) if examples is not None else ()
         if is_everything(classes):
-            return self._everything(parsed)
+            if parsed:
+                raise UserError("everything: leave the examples out, or name the classes to look for beside them")
+            return self._all_words
         if all(e.negative for e in parsed):
             return Query(self.resolve(classes), parsed)
         if classes is None or not isinstance(classes, Vocabulary):
             classes = Vocabulary.parse(classes or (), templates=self.templates, alone=False)
         return Query(self._with_notices(classes), parsed)
 
-    def _everything(self, examples: Sequence[Example]) -> Query:
+    @cached_property
+    def _all_words(self) -> Query:
         """The query for all words that the model knows.
 
         Raises:
-            UserError: it names none, or examples are given as well.
+            UserError: it names none.
         """
-        if examples:
-            raise UserError("everything: leave the examples out, or name the classes to look for beside them")
-        return self._all_words
-
-    @cached_property
-    def _all_words(self) -> Query:
         words = self.model.prompt_free_words().with_threshold(self.model.calibration.prompt_free_threshold)
         if not words.names:
             raise UserError("everything: these weights do not say which words they know; name the classes to look for")

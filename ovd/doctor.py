@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from ovd.weights import DEFAULT, problems, read_manifest, weights_root
-from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
+from pretrain.engine.errors import NEEDS_TORCH, UserError, first_line, run_cli
 from pretrain.engine.flags import CommandParser
 
 Level = Literal["ok", "note", "WRONG"]
@@ -132,14 +132,14 @@ def check_device() -> list[Finding]:
         import torch
         import torchvision
     except (ImportError, OSError, RuntimeError) as error:
-        return [Finding("WRONG", "device", f"torch or torchvision does not import: {_first_line(error)}", SETUP)]
+        return [Finding("WRONG", "device", f"torch or torchvision does not import: {first_line(error)}", SETUP)]
     findings = []
     try:
         torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
     except (RuntimeError, NotImplementedError) as error:
         versions = f"torch {torch.__version__} and torchvision {torchvision.__version__}"
         remedy = f"{versions} do not belong together; {SETUP}"
-        findings.append(Finding("WRONG", "torchvision operators", _first_line(error), remedy))
+        findings.append(Finding("WRONG", "torchvision operators", first_line(error), remedy))
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         findings.append(Finding("ok", f"device cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.1f} GiB"))
@@ -148,11 +148,6 @@ def check_device() -> list[Finding]:
     detail = f"{cores} core{'s' * (cores > 1)} for this process, {torch.get_num_threads()} threads, {capability}"
     detail += "" if torch.cuda.is_available() else "; no CUDA device seen"
     return [*findings, Finding("ok", "device cpu", detail)]
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type when it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def check_detectron2(

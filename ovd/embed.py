@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import FREE, LATER, Section
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 from pretrain.engine.files import read_json
 from pretrain.engine.stages import require_stages
 
@@ -145,7 +145,7 @@ def make_images(config: PicturesConfig) -> ImageSource:
         )
         photos = CocoPictures(labels.truth(), labels.root)
         for notice in photos.notices:
-            print(f"warning: {notice}", file=sys.stderr)
+            warn(notice)
         return photos
     from pretrain.data.scenes import SceneSource
     from pretrain.data.stickers import Stickers
@@ -156,7 +156,7 @@ def make_images(config: PicturesConfig) -> ImageSource:
     )
 
 
-def make_proposer(spec: str, images: ImageSource, *, device: str = "cpu") -> tuple[Proposer, str]:
+def make_proposer(spec: str, images: ImageSource, *, device: str) -> tuple[Proposer, str]:
     """A proposal model and its fingerprint.
 
     Raises:
@@ -203,7 +203,8 @@ def detector_fingerprint(folder: Path) -> str:
 def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) -> None:
     """Write the store in this process, or, with ``check``, only try two pictures and print the estimate."""
     from ovd.regions.layout import Identity, StoreSettings
-    from ovd.regions.writer import plan_line, remove_store, write_regions
+    from ovd.regions.shard import RegionEmbedder
+    from ovd.regions.writer import estimate, plan_line, remove_store, write_regions
     from ovd.training.inputs import resolve_encoder
     from pretrain.engine.distributed import pick_device
 
@@ -234,11 +235,14 @@ def run(config: EmbedConfig, *, check: bool = False, overwrite: bool = False) ->
         },
     )
     if check:
-        print(
-            plan_line(
-                source=images, proposer=proposer, encoder=encoder, identity=identity, batch_size=config.batch_size
-            )
+        embedder = RegionEmbedder(
+            source=images,
+            proposer=proposer,
+            encoder=encoder,
+            settings=identity.settings,
+            batch_size=config.batch_size,
         )
+        print(plan_line(embedder, estimate(len(images), identity=identity), identity.dim))
         return
     if overwrite:
         remove_store(config.out)

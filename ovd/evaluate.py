@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovd.evaluation.options import EvaluationOptions
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 from pretrain.engine.files import read_json, require_writable, sha256_of, write_atomically
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def evaluate_files(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
     from ovd.data.lvis import split_of
     from ovd.evaluation import coco, report
     from ovd.evaluation.lvis import evaluate_lvis
+    from ovd.evaluation.reliability import json_safe
 
     assert options.annotations is not None and options.predictions is not None
     gt, results = _ground_truth(options.annotations), read_json(options.predictions)
@@ -62,7 +63,7 @@ def evaluate_files(options: EvaluationOptions, argv: Sequence[str]) -> Metrics:
             print(f"{group:8}" + report.difference_line(d))
         print()
         record["compare"] = {"file": options.compare, "kind": kind} | {
-            g: report.json_safe(asdict(d)) for g, d in differences.items()
+            g: json_safe(asdict(d)) for g, d in differences.items()
         }
     path = Path(options.annotations)
     metrics.dataset_sha256 = sha256_of(path) if path.is_file() else coco.content_sha256(gt)
@@ -186,7 +187,7 @@ def _report(
     from ovd.evaluation import report
 
     for warning in metrics.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     print(report.table(metrics))
     if options.out:
         command = ["python", "-m", "ovd.evaluate", *argv]

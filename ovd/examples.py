@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 MIN_SIDE = 8  # pixels; below it a crop is a smear of its surroundings
 MAX_EXAMPLES = 100
 MAX_CROPS = 50  # of one example
+REMEMBERED_CROPS = 256  # the least recently used one goes first
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,12 +186,10 @@ class ExampleEmbedder:
 
     Args:
         encoder: image encoder in eval mode; that of the space the detector's regions live in.
-        keep: crops remembered; the least recently used one goes first.
     """
 
-    def __init__(self, *, encoder: CropEncoder, keep: int = 256) -> None:
+    def __init__(self, *, encoder: CropEncoder) -> None:
         self.encoder = encoder
-        self._keep = keep
         self._memory: OrderedDict[str, Floats] = OrderedDict()
         self._lock = ComputeLock()
 
@@ -207,6 +206,6 @@ class ExampleEmbedder:
         if key not in self._memory:
             self._memory[key] = crop_rows(self.encoder, crop.pixels, np.array([crop.corners]))[0]
         self._memory.move_to_end(key)
-        while len(self._memory) > self._keep:
+        while len(self._memory) > REMEMBERED_CROPS:
             self._memory.popitem(last=False)
         return self._memory[key]

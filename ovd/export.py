@@ -14,12 +14,11 @@ have an export. It needs torch; those of the shipped default are put together wi
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 from ovd.picture_files import PACKAGED_PHOTOS
 from ovd.runtime.files import EXPORT_FOLDER, INT8_FOLDER
-from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli
+from pretrain.engine.errors import NEEDS_TORCH, UserError, run_cli, warn
 from pretrain.engine.flags import CommandParser
 
 
@@ -98,7 +97,7 @@ def export(weights: str | Path, output: Path | None = None, *, int8: bool = Fals
         text = (
             f"{len(images)} photo{'s' if len(images) != 1 else ''}, where {MIN_PHOTOS} or more show which values occur"
         )
-        print(f"warning: --calibrate-on {photos}: {text}", file=sys.stderr)
+        warn(f"--calibrate-on {photos}: {text}")
     which = f"{len(images)} photos of {'the page' if photos is None else photos.name}"
     export_onnx(source, load_encoder_of(source, card), target, photos=images, photos_are=which)
     return target

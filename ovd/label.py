@@ -20,10 +20,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import shutil
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +29,8 @@ from typing import TYPE_CHECKING
 
 from ovd.formats.names import DATASET_FORMATS
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
-from pretrain.engine.errors import UserError, run_cli
-from pretrain.engine.files import alone_in, read_json, write_atomically
+from pretrain.engine.errors import UserError, run_cli, warn
+from pretrain.engine.files import alone_in, read_json, write_atomically, write_json
 from pretrain.engine.flags import CommandParser, share
 
 if TYPE_CHECKING:
@@ -109,7 +107,7 @@ def main(argv: list[str]) -> int:
             reasons = out / PREDICTIONS / "failed.json"
             raise UserError(f"none of the {len(pictures)} pictures could be read; see {reasons}")
         if notice := outlines_notice(labelled, options.format):
-            print(f"warning: {notice}", file=sys.stderr)
+            warn(notice)
         write_labels(labelled, out, options.format, picture_mode=options.picture_mode)
         page = contact_sheet(
             labelled, title=os.fspath(out.name), threshold=detector.threshold_for(query, options.threshold)
@@ -150,7 +148,7 @@ def claim(out: Path, settings: dict[str, object], *, overwrite: bool) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-    write_atomically(out / STAMP, json.dumps(settings).encode())
+    write_json(out / STAMP, settings)
 
 
 def with_parts(labelled: LabelledPictures, val: float) -> LabelledPictures:

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.engine.errors import UserError, absent
+from pretrain.engine.errors import UserError, absent, warn
 
 if TYPE_CHECKING:
     from pretrain.data.folder import U8
@@ -51,7 +50,7 @@ class PictureFiles:
             if argument.is_dir():
                 listing = find_images(argument, without=without)
                 if str(listing):
-                    print(f"warning: {argument}: {listing}", file=sys.stderr)
+                    warn(f"{argument}: {listing}")
                 inside = [(path.relative_to(argument).as_posix(), path) for path in listing.paths]
             elif argument.is_file():
                 inside = [(argument.name, argument)]

@@ -37,8 +37,16 @@ from ovd.formats.names import FORMATS, parse_formats
 from ovd.picture_files import PictureFiles
 from ovd.predict_video import is_video, predict_videos, videos_in
 from ovd.query_flags import RARE, add_query_flags, check_words, load_query
-from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten
-from pretrain.engine.files import alone_in, fitting_name, read_json, sha256_of, write_atomically, write_problem
+from pretrain.engine.errors import BadImageError, UserError, on_one_line, run_cli, shorten, warn
+from pretrain.engine.files import (
+    alone_in,
+    fitting_name,
+    read_json,
+    sha256_of,
+    write_atomically,
+    write_json,
+    write_problem,
+)
 from pretrain.engine.flags import CommandParser, integer
 
 if TYPE_CHECKING:
@@ -132,10 +140,9 @@ def main(argv: list[str]) -> int:
     examples = check_words(options)
     for folder in filter(Path.is_dir, map(Path, options.pictures)):
         if videos := videos_in(folder):
-            print(
-                f"warning: {folder}: {len(videos)} videos skipped; give their paths to run them, as in "
-                f"wordbox predict {videos[0]}",
-                file=sys.stderr,
+            warn(
+                f"{folder}: {len(videos)} videos skipped; give their paths to run them, as in "
+                f"wordbox predict {videos[0]}"
             )
     pictures = PictureFiles.collect([Path(text) for text in options.pictures], without=options.out)
     detector, query = load_query(options, examples, masks=options.masks)
@@ -190,7 +197,7 @@ def predict(
     query = vocabulary if isinstance(vocabulary, Query) else Query(vocabulary)
     threshold = detector.threshold_for(query, threshold)
     for notice in query.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        warn(notice)
     job = {
         "words or examples": f"{query.hash} ({shorten(', '.join(query.names))})",
         "threshold": round(threshold, 6),
@@ -246,7 +253,7 @@ def _predict_pictures(
                 record["reason"] = problem.reason
             if drawing is not None:
                 record["drawn"] = drawn[index]
-            _write_json(record_file, record)
+            write_json(record_file, record)
         if "reason" in record:
             failed.append({"file_name": name, "reason": record["reason"]})
         outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
@@ -296,7 +303,7 @@ def _claim_folder(out: Path, job: Mapping[str, object], names: Sequence[str], ov
     if overwrite:
         for old in parts.glob("*.json"):
             old.unlink()
-    _write_json(stamp, {**job, "pictures": list(names)})
+    write_json(stamp, {**job, "pictures": list(names)})
     return parts
 
 
@@ -378,18 +385,12 @@ def _write_results(out: Path, parts: Path, names: Sequence[str], query: Query, f
     if query.prompt_free is not None and results:  # of all known words only those that were detected
         detected = {row["category_id"] for row in results}
         categories = [category for category in categories if category["id"] in detected]
-    _write_json(out / "results.json", results)
-    _write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
+    write_json(out / "results.json", results)
+    write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories})
     if failed:
-        _write_json(out / "failed.json", failed)
+        write_json(out / "failed.json", failed)
     else:
         (out / "failed.json").unlink(missing_ok=True)
-
-
-def _write_json(path: Path, value: object) -> None:
-    # A file name that is no UTF-8 holds surrogates, which JSON writes as \\udcXX: any reader takes the file, and
-    # Python's os.fsencode gives the name back.
-    write_atomically(path, json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace"))
 
 
 def _save_picture(path: Path, pixels: NDArray[np.uint8]) -> None:

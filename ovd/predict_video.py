@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ovd.query_flags import check_words, load_query
-from pretrain.engine.errors import UserError, absent
+from pretrain.engine.errors import UserError, absent, warn
 
 EXTENSIONS = (
     ".3gp", ".avi", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm",
@@ -62,7 +61,7 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
         _require_room(written, [Path(text) for text in sources], overwrite=options.overwrite)
         detector, query = load_query(options, examples, masks=options.masks and options.draw)
         for notice in query.notices:
-            print(f"warning: {notice}", file=sys.stderr)
+            warn(notice)
         if options.tiles:
             detector = TiledDetector(detector, side=options.tile_side)
         for source in opened:
@@ -73,10 +72,9 @@ def predict_videos(options: argparse.Namespace, sources: Sequence[str]) -> int:
                 every=options.every, track=options.track, draw=options.draw, masks=options.masks, on_frame=progress,
             )  # fmt: skip
             if done < MOST_FRAMES * (source.frames or 0):
-                print(
-                    f"warning: {source.name}: ends after {done} of the {source.frames} frames that it should "
-                    "have: it is truncated or damaged",
-                    file=sys.stderr,
+                warn(
+                    f"{source.name}: ends after {done} of the {source.frames} frames that it should "
+                    "have: it is truncated or damaged"
                 )
             print(f"{source.name}: {done} frames, see {options.out / source.name}.jsonl", flush=True)
     finally:

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from ovd.query_flags import add_detector_flags, load_detector
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 from pretrain.engine.flags import CommandParser, integer, share
 
 DESCRIPTION = """\
@@ -74,10 +73,9 @@ def main(argv: list[str]) -> int:
     token = options.access_token or os.environ.get("LABEL_STUDIO_API_KEY")
     pictures = PictureSource(url=options.label_studio_url, token=token, root=options.root)
     if not is_loopback(options.host) and credentials is None:
-        print(
-            f"warning: --host {options.host} lets all who can reach this machine use the backend, and see through it "
-            "the pictures that its token opens; give --user and --password",
-            file=sys.stderr,
+        warn(
+            f"--host {options.host} lets all who can reach this machine use the backend, and see through it "
+            "the pictures that its token opens; give --user and --password"
         )
     listener = listen(options.host, options.port)  # before the slow part, so that a taken port is an error at once
     signals = StopSignals()

@@ -37,7 +37,7 @@ from ovd.vocabulary import TEMPLATE_SETS, Vocabulary
 from ovd.weights import ModelCard, read_model_card
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.distributed import pick_device
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 from pretrain.engine.loading import fast_loading
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def load_with_encoder(
     Raises:
         UserError: no such detector or encoder, or an encoder without an image or a text tower.
     """
+    from ovd.modeling.proposals.build import PROPOSAL_WORDS
     from ovd.training.inputs import resolve_encoder
 
     where = pick_device(device, threads=threads)
@@ -97,15 +98,16 @@ def load_with_encoder(
     templates = TEMPLATE_SETS[SHIPPED_TEMPLATES.get(Path(spec).name, "clip")]
     lexicon = read_lexicon()
     words = tuple(COCO_NAMES.values()) if card is None or not card.background_words else card.background_words
-    stored = read_calibration(folder, encoder)
+    stored, scale = read_calibration(folder, encoder), math.exp(float(encoder.logit_scale.detach()))
+    scores_words = isinstance(source, PhotoBoxes) and source.word_scores
     model = CropClassifier(
         source=source,
         encoder=encoder,
         name=spec,
         background_words=_embed_words(words, templates, encoder, spec),
         words=WordList(words=words, lexicon=lexicon),
-        proposal_words=WordList(words=_proposal_words(source), lexicon=lexicon),
-        calibration=Calibration(**stored.calibration) if stored else _unfitted(encoder),
+        proposal_words=WordList(words=PROPOSAL_WORDS if scores_words else (), lexicon=lexicon),
+        calibration=Calibration(**stored.calibration) if stored else replace(UNFITTED, open_scale=scale),
         calibrated=stored is not None,
         card=card,
     )
@@ -157,25 +159,13 @@ def region_source(folder: Path, *, device: str, masks: bool, top: int) -> tuple[
         scores_words = bool(proposal_words(config))
         if card.finetuned:
             names = ", ".join(name for branch in card.finetuned for name in branch.names)
-            print(f"warning: what {folder} learned of {names} is not used: the encoder names them", file=sys.stderr)
+            warn(f"what {folder} learned of {names} is not used: the encoder names them")
         return PhotoBoxes(
             proposer=load_proposals(folder / PROPOSALS, device=device), top=top, word_scores=scores_words
         ), card
     if card.model.get("variant") in ("agnostic", "closed"):
         return ProposedBoxes(proposer=load_proposer(folder, device=device), top=top), card
     return DetectorBoxes(model=load_detector_model(folder, device=device, masks=masks, top=top)), card
-
-
-def _proposal_words(source: RegionSource) -> tuple[str, ...]:
-    """The words that a source scores."""
-    from ovd.modeling.proposals.build import PROPOSAL_WORDS
-
-    return PROPOSAL_WORDS if isinstance(source, PhotoBoxes) and source.word_scores else ()
-
-
-def _unfitted(encoder: JointEncoder) -> Calibration:
-    """`UNFITTED` with the encoder's inverse temperature."""
-    return replace(UNFITTED, open_scale=math.exp(float(encoder.logit_scale.detach())))
 
 
 def _embed_words(words: Sequence[str], templates: Sequence[str], encoder: JointEncoder, spec: str) -> Floats:

@@ -197,14 +197,10 @@ def blur(x: Tensor, sigma: Tensor, *, largest: float) -> Tensor:
     weight = torch.exp(-0.5 * (offset / sigma.clamp(min=IDENTITY_SIGMA)[:, None]) ** 2)
     weight = weight / weight.sum(dim=1, keepdim=True)  # (N, K)
     weight = weight.repeat_interleave(channels, dim=0)[:, None, None]  # (3N, 1, 1, K)
-    planes = F.pad(x, (reach, reach, reach, reach), mode="reflect").reshape(1, count * channels, *_padded(x, reach))
+    planes = F.pad(x, (reach, reach, reach, reach), mode="reflect").flatten(0, 1)[None]
     planes = F.conv2d(planes, weight, groups=count * channels)
     planes = F.conv2d(planes, weight.transpose(2, 3), groups=count * channels)
     return planes.reshape(count, channels, height, width)
-
-
-def _padded(x: Tensor, reach: int) -> tuple[int, int]:
-    return x.shape[2] + 2 * reach, x.shape[3] + 2 * reach
 
 
 # --- OpenCV ----------------------------------------------------------------------------------------------------------

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from pretrain.config import ClipMethod, PretrainConfig, extended
 from pretrain.config_ssl import SslMethod
 from pretrain.engine.cli import command_line
 from pretrain.engine.config import config_hash, free_keys, keys_at_default, plain
-from pretrain.engine.errors import run_cli
+from pretrain.engine.errors import run_cli, warn
 from pretrain.engine.files import EXPORTED
 from pretrain.engine.stages import require_stages
 
@@ -43,7 +42,7 @@ def main(argv: list[str], *, methods: Methods | None = None, data: Builders | No
 
     warning = smaller_comparison(cfg)
     if warning and distributed.is_main():
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(warning)
     distributed.seed_everything(cfg.loop.seed)  # the first weights; the loop seeds everything later
     parts = build_parts(cfg, methods=methods or {}, data=data or {})
     report = fit(

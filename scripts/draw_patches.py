@@ -21,10 +21,11 @@ import torch
 from draw_samples import label
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from ovd.config_detr import DetrTrainConfig
 from ovd.data.samples import PatchSample
-from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
+from ovd.modeling.boxes import box_iou_and_giou
 from ovd.modeling.detr.transformer import ConditionalDecoderLayer
 from ovd.modeling.detr.updetr import PatchPretext
 from ovd.training.detr import build
@@ -73,8 +74,8 @@ def answers(task: PatchPretext, batch: list[PatchSample]) -> tuple[Tensor, Tenso
     with attention_of(layer) as seen:
         out, targets, group = task.predict(batch)
     best = task.best_queries(out, group, targets.boxes.shape[1])
-    boxes = box_cxcywh_to_xyxy(out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4)))
-    iou = box_iou_and_giou(boxes, box_cxcywh_to_xyxy(targets.boxes))[0]
+    boxes = box_convert(out.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4)), "cxcywh", "xyxy")
+    iou = box_iou_and_giou(boxes, box_convert(targets.boxes, "cxcywh", "xyxy"))[0]
     look = weights(seen, layer.heads)
     look = look.gather(1, best[..., None].expand(-1, -1, look.shape[-1]))
     height, width = batch[0]["image"].shape[-2:]

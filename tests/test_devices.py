@@ -34,10 +34,10 @@ from ovd.modeling.fvlm.conse import RegionConse
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.network import build_fvlm
 from ovd.modeling.proposals.architecture import ARCHITECTURES
-from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
+from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposals, PhotoProposer
 from ovd.modeling.proposals.classes import ClassBranch
 from ovd.modeling.proposals.nanodet import CHANNELS
-from ovd.modeling.proposals.network import build_proposal_detector
+from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector
 from ovd.modeling.proposals.pyramid import FrozenPyramid
 from ovd.regions.crops import embed_regions
 from pretrain.config import CbowTower, EncoderConfig, ResNetTower
@@ -345,14 +345,19 @@ def photo_encoder() -> JointEncoder:
     ).eval()
 
 
-def test_proposals__losses_and_boxes_are_computed_on_the_gpu() -> None:
-    model = build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=100, post_nms=20)
+def proposed_on_gpu(model: ProposalDetector) -> PhotoProposals:
+    """Its boxes in a picture, after a step on the GPU."""
     with pretend_cuda():
         to_cuda(model)
         losses = model.train()(rcnn.batch(label=0, regions=False))
         assert all(loss.device.type == "cuda" for loss in losses.values())
         found = PhotoProposer(model=model, sides=(64,), precision=torch.float32).regions(picture(), top=10)
         assert found.boxes.device.type == "cpu"
+    return found
+
+
+def test_proposals__losses_and_boxes_are_computed_on_the_gpu() -> None:
+    proposed_on_gpu(build_proposal_detector(ranking="objectness", nms=0.6, pre_nms=100, post_nms=20))
 
 
 def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> None:
@@ -361,12 +366,7 @@ def test_proposals_of_a_pyramid__losses_and_boxes_are_computed_on_the_gpu() -> N
     model = build_proposal_detector(
         ranking="both", nms=0.6, pre_nms=100, post_nms=20, backbone=backbone, pixel_mean=(127.0,) * 3
     )
-    with pretend_cuda():
-        to_cuda(model)
-        losses = model.train()(rcnn.batch(label=0, regions=False))
-        assert all(loss.device.type == "cuda" for loss in losses.values())
-        found = PhotoProposer(model=model, sides=(64,), precision=torch.float32).regions(picture(), top=10)
-        assert found.boxes.device.type == "cpu" and found.words.shape[1] == 0
+    assert proposed_on_gpu(model).words.shape[1] == 0
 
 
 def test_finetuned_classes__losses_and_boxes_are_computed_on_the_gpu() -> None:

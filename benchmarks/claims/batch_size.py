@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import VIEW, WIDTH, augment, equal_samples, experiment, lines, network
+from common import VIEW, WIDTH, augment, experiment, lines, network
 
 from pretrain.methods.barlow_twins import BarlowTwins
 from pretrain.methods.moco import MoCo, split_batch_norm
@@ -51,7 +51,7 @@ def barlow() -> BarlowTwins:
 
 def case(make: Any, batch: int, **optim: Any) -> Any:
     return lambda steps: {
-        "make": make, "steps": steps or equal_samples(SAMPLES, batch), "batch": batch, "views": VIEWS, "optim": optim,
+        "make": make, "steps": steps or math.ceil(SAMPLES / batch), "batch": batch, "views": VIEWS, "optim": optim,
     }  # fmt: skip
 
 

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import io
 import json
-import math
 import shutil
 import sys
 import time
@@ -281,8 +280,3 @@ def lines(axes: Any, results: Mapping[str, Sequence[Mapping[str, Any]]], x: str)
     axes.set_xlabel(x)
     axes.set_ylabel("kNN accuracy")
     axes.legend(fontsize=8)
-
-
-def equal_samples(samples: int, batch: int) -> int:
-    """Steps after which that many pictures were seen."""
-    return math.ceil(samples / batch)

@@ -178,9 +178,9 @@ class EvaluatedTask(DetrTask):
 def average_precision(model: Detr, batches: Sequence[Sequence[LabelledSample]]) -> dict[str, float]:
     """AP50 over classes, and of boxes whatever their class by objectness alone, in network pixels."""
     import torch
+    from torchvision.ops import box_convert
 
     from ovd.evaluation.coco import as_one_category, evaluate
-    from ovd.modeling.boxes import box_cxcywh_to_xyxy
 
     classifier, was_training = model.classifier, model.training
     assert classifier is not None
@@ -210,7 +210,9 @@ def average_precision(model: Detr, batches: Sequence[Sequence[LabelledSample]]) 
                         "bbox": [box[0], box[1], *size], "area": size[0] * size[1],
                     }
                 )  # fmt: skip
-            corners = box_cxcywh_to_xyxy(outputs.boxes[n]).clamp(0, 1) * torch.tensor([width, height, width, height])
+            corners = box_convert(outputs.boxes[n], "cxcywh", "xyxy").clamp(0, 1) * torch.tensor(
+                [width, height, width, height]
+            )
             for box, value in zip(corners.tolist(), outputs.logits[n].sigmoid().tolist(), strict=True):
                 any_class.append(_result(number, 1, box, value))
             best = score[n].flatten().topk(min(MAX_DETECTIONS, score[n].numel()))

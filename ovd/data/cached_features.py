@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ovd.data.mapper import DetectionSource
 from ovd.data.samples import LabelledSample, PatchSample
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, warn
 from pretrain.engine.faults import too_many_bad
 from pretrain.engine.files import locked_folder, sha256_of, write_atomically
 from pretrain.engine.identity import identity_of
@@ -185,7 +185,7 @@ class Readable:
                     raise BadImageError(
                         error.path, f"{error.reason}; with it {len(self.bad)} of {self.count} pictures cannot be read"
                     ) from error
-                print(f"warning: unreadable image replaced by the next one: {error}", file=sys.stderr, flush=True)
+                warn(f"unreadable image replaced by the next one: {error}")
         raise UserError("cache: no picture can be read")
 
 

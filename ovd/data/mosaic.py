@@ -7,7 +7,6 @@ Shapes: ``S`` side of a canvas, ``T`` boxes on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ovd.config_finetune import FinetuneDataConfig
 from ovd.data.finetune_photos import BoxLabels, FinetunePhotos
 from ovd.data.negatives import NegativePhotos
 from ovd.pictures import resized
@@ -25,26 +25,6 @@ NEGATIVE_SCALE = (0.5, 4.0)
 """Range of the factor on a negative's size: what it shows is seen from afar and from near."""
 MIN_VISIBLE = 0.25
 """Share of a box that a cut must leave for it to stay a label; less is neither object nor background."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MosaicAugment:
-    """Random changes of the photos of a canvas.
-
-    Attributes:
-        scale: range of a random factor on a photo whose longest side fits its place.
-        mosaic: probability of four photos instead of one.
-        flip, flip_vertical: probabilities.
-        colour: largest change of each channel's brightness, as a share.
-        negative_share: probability that a place of four, except the first, shows a negative.
-    """
-
-    scale: tuple[float, float] = (1.0, 1.0)
-    mosaic: float = 0.0
-    flip: float = 0.0
-    flip_vertical: float = 0.0
-    colour: float = 0.0
-    negative_share: float = 0.0
 
 
 class Tile(NamedTuple):
@@ -83,8 +63,7 @@ class MosaicSource:
     Args:
         photos: with labels.
         chosen: of them, to be trained on.
-        side: of a canvas, pixels.
-        augment: how the photos are changed.
+        augment: side of a canvas, and how the photos are changed.
         seed: with the draw number it seeds each sample.
         negatives: photos of other kinds; None: there are none.
         detector: folder of the detector that is fine-tuned and exported with the classes; part of the identity.
@@ -95,13 +74,12 @@ class MosaicSource:
         *,
         photos: FinetunePhotos,
         chosen: Sequence[int],
-        side: int,
-        augment: MosaicAugment,
+        augment: FinetuneDataConfig,
         seed: int,
         negatives: NegativePhotos | None = None,
         detector: Path | None = None,
     ) -> None:
-        self.photos, self.chosen, self.side, self.augment = photos, tuple(chosen), side, augment
+        self.photos, self.chosen, self.side, self.augment = photos, tuple(chosen), augment.side, augment
         self.seed, self.negatives, self.detector = seed, negatives, detector
 
     def __len__(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,24 +39,23 @@ class NegativePhotos:
         *,
         folder: Path,
         names: Sequence[str],
-        doubtful: Mapping[str, NDArray[np.float32]] | None = None,
+        doubtful: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
         notices: Sequence[str] = (),
     ) -> None:
-        self.folder, self.names, self.doubtful = folder, tuple(names), doubtful or {}
-        self.notices = tuple(notices)
+        self.folder, self.names, self.doubtful, self.notices = folder, tuple(names), doubtful, tuple(notices)
 
     @classmethod
-    def of_folder(cls, folder: Path, *, where: str, labelled: Sequence[Path] = ()) -> NegativePhotos:
+    def of_folder(cls, folder: Path, *, labelled: Sequence[Path] = ()) -> NegativePhotos:
         """All pictures of a folder, but for those that cannot be read or are labelled ones.
 
         Args:
             folder: searched with its folders.
-            where: the key that names it, for messages.
             labelled: photos with objects of the classes; copies of them in the folder are skipped, whatever their name.
 
         Raises:
             UserError: there is no such folder, or no picture left in it.
         """
+        where = "data.negatives"
         if not folder.is_dir():
             raise UserError(f"{where}: {folder}: no such folder of photos")
         files, notices = list_images(folder), []

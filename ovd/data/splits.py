@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.coco_entries import CocoJson
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, nearest
 from pretrain.engine.files import read_json, write_atomically
 
 # COCO's 80 categories with their official, non-contiguous ids.
@@ -203,12 +203,12 @@ class Split:
         return split
 
     @classmethod
-    def everything(cls, categories: Mapping[int, str], *, name: str = "all") -> Split:
+    def everything(cls, categories: Mapping[int, str]) -> Split:
         """Every category in base: plain closed-vocabulary evaluation."""
-        return cls(name=name, base=tuple(categories), novel=(), names=categories)
+        return cls(name="all", base=tuple(categories), novel=(), names=categories)
 
 
-def lvis_split(categories: Iterable[CocoJson], *, name: str = "lvis") -> Split:
+def lvis_split(categories: Iterable[CocoJson]) -> Split:
     """Base = frequent and common, novel = rare (ViLD §4.1), from the `frequency` field (`f`, `c`, `r`) of LVIS
     categories.
 
@@ -227,7 +227,7 @@ def lvis_split(categories: Iterable[CocoJson], *, name: str = "lvis") -> Split:
             )
         groups[c["frequency"]].append(c["id"])
     names = {c["id"]: c["name"] for c in categories}
-    return Split(name=name, base=tuple(groups["f"] + groups["c"]), novel=tuple(groups["r"]), names=names)
+    return Split(name="lvis", base=tuple(groups["f"] + groups["c"]), novel=tuple(groups["r"]), names=names)
 
 
 def stickers_split() -> Split:
@@ -252,13 +252,11 @@ def _is_id(text: str) -> bool:
     return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
 
 
-def _some(items: Iterable[str], limit: int = 5) -> str:
+def _some(items: Iterable[str]) -> str:
     items = list(items)
-    return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def _close(name: str, names: Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    matching = get_close_matches(_same(name), list(names), n=1)
+    matching = nearest(_same(name), names, 1)
     return f" Did you mean {matching[0]!r}?" if matching else ""

@@ -53,26 +53,29 @@ class RankedDetections:
     @classmethod
     def of(cls, matches: CategoryMatches) -> RankedDetections:
         keep = np.flatnonzero(~matches.ignored)
-        order = keep[
-            np.argsort(-matches.score[keep], kind="stable")
-        ]  # as pycocotools: ties stay in the order of images
+        # As pycocotools: ties stay in the order of images.
+        order = keep[np.argsort(-matches.score[keep], kind="stable")]
         return cls(matches.image[order], matches.correct[order].astype(np.float64), matches.objects)
 
-    def precision(self, weight: NDArray[np.float64]) -> float:
-        """101-point average precision with each image counted `weight` times; NaN without objects."""
+    def curve(self, weight: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """(101,) interpolated precision at COCO's recalls, each image counted `weight` times; None without objects."""
         total = float(self.objects @ weight)
         if total == 0:
-            return float("nan")
+            return None
         times = weight[self.image]
         hits, drawn = np.cumsum(self.correct * times), np.cumsum(times)
         used = drawn > 0
         hits, drawn = hits[used], drawn[used]
         if not hits.size:
-            return 0.0
+            return np.zeros(len(RECALLS))
         precision = np.maximum.accumulate((hits / drawn)[::-1])[::-1]
         index = np.searchsorted(hits / total, RECALLS, side="left")
-        reached = index < len(precision)
-        return float(np.where(reached, precision[np.minimum(index, len(precision) - 1)], 0.0).mean())
+        return np.where(index < len(precision), precision[np.minimum(index, len(precision) - 1)], 0.0)
+
+    def precision(self, weight: NDArray[np.float64]) -> float:
+        """The mean of `curve`, COCO's average precision; NaN without objects."""
+        curve = self.curve(weight)
+        return float("nan") if curve is None else float(curve.mean())
 
 
 def _average(values: Sequence[float]) -> float:

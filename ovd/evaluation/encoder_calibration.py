@@ -31,8 +31,8 @@ AREA = (0.0, 0.25)
 SHARES = (0.1, 0.2, 0.35, 0.5)
 
 
-def prepare_encoder(detector: Detector, photos: PhotoLabels, *, limit: int, seed: int = 0) -> TypedPhotos:
-    """Run the detector over at most ``limit`` of the photos, drawn by seed.
+def prepare_encoder(detector: Detector, photos: PhotoLabels, *, limit: int) -> TypedPhotos:
+    """Run the detector over at most ``limit`` of the photos.
 
     Raises:
         UserError: too few photos with boxes.
@@ -41,7 +41,7 @@ def prepare_encoder(detector: Detector, photos: PhotoLabels, *, limit: int, seed
     assert isinstance(model, CropClassifier)
     vocabulary = Vocabulary.of(photos.table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
-    scenes, named = typed_photos(detector, photos, rows, seed=seed, limit=limit)
+    scenes, named = typed_photos(detector, photos, rows, limit=limit)
     if len(scenes) < 2 * MIN_PHOTOS:  # of those drawn
         raise UserError(
             f"--data: {len(scenes)} photos with boxes; at least {2 * MIN_PHOTOS} are needed, half of them to measure on"

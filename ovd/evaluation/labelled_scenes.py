@@ -7,7 +7,6 @@ and, where it has few, shipped nouns that name none of them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from ovd.formats.labels import Labels
 from ovd.formats.read import read_labels, read_spec
 from ovd.vocabulary import Vocabulary
 from pretrain.data.stickers import Stickers
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, warn
 
 MANY = 30  # categories from which on absent words come from the data set alone
 MIN_PICTURES = 10  # pictures for the fit, and for the report
@@ -76,7 +75,7 @@ def labelled_scenes(detector: Detector, labels: Labels, *, count: int, absent: i
     split = Split.everything(truth.categories)
     photos = CocoImages(images=labels.root, annotations=truth, split=split, labels="all")
     for notice in photos.notices:
-        print(f"warning: {notice}", file=sys.stderr)
+        warn(notice)
     if len(photos) < 2 * MIN_PICTURES:
         raise UserError(
             f"--data {labels.where}: {len(photos)} pictures with objects; at least {2 * MIN_PICTURES} are needed"
@@ -104,7 +103,7 @@ def _scenes(
         try:
             labelled = photos.load(index)
         except BadImageError as problem:
-            print(f"warning: {problem}; left out", file=sys.stderr)
+            warn(f"{problem}; left out")
             continue
         classes = labelled.classes.tolist()
         rng = np.random.default_rng([1000, index])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +19,12 @@ from ovd.formats.read import read_spec
 from pretrain.data.coco import check_ground_truth
 from pretrain.data.coco_entries import CocoJson, ImageId
 from pretrain.engine.distributed import pick_device
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, warn
 from pretrain.engine.files import read_json, sha256_of
 
 if TYPE_CHECKING:
     from ovd.detector import Detector
     from ovd.examples import Crop
-    from ovd.inference.region_model import RegionModel
     from ovd.modeling.export import ArchitectureRecord
     from pretrain.data.scenes import SceneSource
 
@@ -132,7 +130,7 @@ def read_data(options: EvaluationOptions) -> EvaluatedData:
         labels = read_spec(data.labels, prefer=EVALUATED_PARTS)
         gt, where, folder, digest = labels.content, labels.where, labels.root, None
         for notice in labels.notices:
-            print(f"warning: {where}: {notice}", file=sys.stderr)
+            warn(f"{where}: {notice}")
     else:
         assert data.images is not None and data.annotations is not None
         gt, where, folder = read_json(data.annotations), str(data.annotations), data.images
@@ -179,7 +177,8 @@ def predictors(
     if variant == "closed":
         return _closed_set(folder, data.split, options, device, record)
     detector = load_detector(options, record)
-    warn_of_pictures(detector, data)
+    if data.scenes is not None and not detector.model.has_published_protocol:
+        warn("these weights are made for photographs, Sticker Scenes are drawings")
     if options.examples:
         predictor = by_examples(detector, options, data, record)
         if not isinstance(predictor, Predictor):
@@ -220,28 +219,17 @@ def _with_soft_nms(predictor: Predict | None, options: EvaluationOptions, record
     return replace(predictor, soft_nms=options.soft_nms)
 
 
-def _load(folder: Path, device: str, *, top: int = 150) -> RegionModel:
-    from ovd.modeling.load import load_detector_model
-
-    return load_detector_model(folder, top=top, device=device)
-
-
 def _closed_set(
     folder: Path, split: Split, options: EvaluationOptions, device: str, record: Record
 ) -> tuple[Predict, Predict]:
     from ovd.inference.detr_regions import ClosedSetDetr
+    from ovd.modeling.load import load_detector_model
 
-    model = _load(folder, device, top=options.limit)
+    model = load_detector_model(folder, top=options.limit, device=device)
     assert isinstance(model, ClosedSetDetr)
     record["protocol"] = "detector of a closed list of classes"
     predictor = ClosedSetPredictor.of(model, split, limit=options.limit)
     return predictor, proposals_of(model, top=options.regions)
-
-
-def warn_of_pictures(detector: Detector, data: EvaluatedData) -> None:
-    """Warn on stderr when a detector of photographs is evaluated on drawings."""
-    if data.scenes is not None and not detector.model.has_published_protocol:
-        print("warning: these weights are made for photographs, Sticker Scenes are drawings", file=sys.stderr)
 
 
 def load_detector(options: EvaluationOptions, record: Record) -> Detector:

@@ -114,9 +114,8 @@ class EvaluationOptions:
         options = cls(**vars(parser().parse_args(argv)))
         if options.vild:
             options = replace(options, regions=VILD_REGIONS, crop_refinement=0)
-        for wrong, message in COMBINATIONS:
-            if wrong(options):
-                raise UserError(message(options))
+        if problem := _wrong_combination(options):
+            raise UserError(problem)
         return options
 
     @property
@@ -125,72 +124,41 @@ class EvaluationOptions:
         return self.vocabulary in GROUPS
 
 
-def _source(options: EvaluationOptions) -> tuple[str, str, str]:
-    """The flag that says what is evaluated, the one that must come with it, and the one that must not."""
-    if options.weights:
-        return "--weights", "--data", "--annotations"
-    return "--predictions", "--annotations", "--data"
-
-
-def _wrong_data(options: EvaluationOptions) -> bool:
-    data = {"--data": options.data, "--annotations": options.annotations}
-    _, needed, excluded = _source(options)
-    return not data[needed] or bool(data[excluded])
-
-
-def _wrong_data_message(options: EvaluationOptions) -> str:
-    source, needed, excluded = _source(options)
-    return f"{source} needs {needed}, and cannot be combined with {excluded}; see wordbox evaluate --help."
-
-
-COMBINATIONS: tuple[tuple[Callable[[EvaluationOptions], object], Callable[[EvaluationOptions], str]], ...] = (
-    (
-        lambda o: bool(o.weights) == bool(o.predictions),
-        lambda o: "give --weights (run a model) or --predictions (a results file), not both; see --help.",
-    ),
-    (_wrong_data, _wrong_data_message),
-    (
-        lambda o: o.examples and not o.weights,
-        lambda o: "--examples describes classes by crops: give --weights and --data",
-    ),
-    (
-        lambda o: o.present and not o.examples,
-        lambda o: "--present is a protocol of --examples; words are looked for in every picture",
-    ),
-    (
-        lambda o: o.present and o.queries == "words",
-        lambda o: (
+def _wrong_combination(o: EvaluationOptions) -> str | None:
+    """What is wrong with flags that do not go together; the first thing counts."""
+    if bool(o.weights) == bool(o.predictions):
+        return "give --weights (run a model) or --predictions (a results file), not both; see --help."
+    source, needed, excluded = "--predictions", "--annotations", "--data"
+    if o.weights:
+        source, needed, excluded = "--weights", "--data", "--annotations"
+    given = {"--data": o.data, "--annotations": o.annotations}
+    if not given[needed] or given[excluded]:
+        return f"{source} needs {needed}, and cannot be combined with {excluded}; see wordbox evaluate --help."
+    if o.examples and not o.weights:
+        return "--examples describes classes by crops: give --weights and --data"
+    if o.present and not o.examples:
+        return "--present is a protocol of --examples; words are looked for in every picture"
+    if o.present and o.queries == "words":
+        return (
             "--present cannot be combined with --queries words, which are conditioned on every class in every picture"
-        ),
-    ),
-    (
-        lambda o: o.examples and (o.embeddings == "crops" or not o.by_category),
-        lambda o: "--examples cannot be combined with a vocabulary file or --embeddings crops",
-    ),
-    (
-        lambda o: o.vild and (o.scores != "published" or not o.by_category or o.examples),
-        lambda o: (
-            "--vild uses the published scores of a split's categories: it cannot be combined with --scores, "
-            "a vocabulary or --examples"
-        ),
-    ),
-    (
-        lambda o: o.encoder and (not o.weights or o.crop_refinement or o.queries == "words" or o.vild),
-        lambda o: (
-            "--encoder names the boxes of --weights; it cannot be combined with --crop-refinement, "
-            "--queries words or --vild"
-        ),
-    ),
-    (
-        lambda o: o.soft_nms is not None and (not o.weights or o.vild or o.queries == "words"),
-        lambda o: "--soft-nms needs --weights, and cannot be combined with --vild or --queries words",
-    ),
-    (
-        lambda o: o.embeddings == "crops" and o.crop_refinement,
-        lambda o: "--embeddings crops embeds the crops of all regions; remove --crop-refinement",
-    ),
-)
-"""(whether a combination is wrong, its message); the first that applies counts."""
+        )
+    if o.examples and (o.embeddings == "crops" or not o.by_category):
+        return "--examples cannot be combined with a vocabulary file or --embeddings crops"
+    if o.vild and (o.scores != "published" or not o.by_category or o.examples):
+        return (
+            "--vild uses the published scores of a split's categories: it cannot be combined with --scores, a "
+            "vocabulary or --examples"
+        )
+    if o.encoder and (not o.weights or o.crop_refinement or o.queries == "words" or o.vild):
+        return (
+            "--encoder names the boxes of --weights; it cannot be combined with --crop-refinement, --queries words or "
+            "--vild"
+        )
+    if o.soft_nms is not None and (not o.weights or o.vild or o.queries == "words"):
+        return "--soft-nms needs --weights, and cannot be combined with --vild or --queries words"
+    if o.embeddings == "crops" and o.crop_refinement:
+        return "--embeddings crops embeds the crops of all regions; remove --crop-refinement"
+    return None
 
 
 def parser() -> CommandParser:

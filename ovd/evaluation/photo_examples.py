@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from ovd.detector import Detector
 from ovd.evaluation.typed import TypedScene
 from ovd.examples import Crop, Example
 from ovd.inference.arrays import Floats
-from pretrain.engine.errors import BadImageError
+from pretrain.engine.errors import BadImageError, warn
 
 CERTAIN = 0.5
 """Only boxes with this score are cut out."""
@@ -72,7 +71,7 @@ def word_crops(detector: Detector, photos: PhotoLabels, *, seed: int = 0) -> Wor
         try:
             crops = [Crop(photos.image(index), box) for index, box in locations]
         except BadImageError as problem:
-            print(f"warning: {problem}; left out", file=sys.stderr)
+            warn(f"{problem}; left out")
             continue
         rows[:, word] = detector.embed_examples([Example(photos.table.words[word], (crop,)) for crop in crops])
         sources[word] = tuple(index for index, _ in locations)

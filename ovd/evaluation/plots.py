@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.data.splits import Split
+from ovd.evaluation.compare import RECALLS, RankedDetections
 from ovd.evaluation.matching import CategoryMatches, match_table
 from ovd.evaluation.reliability import (
     DARK,
@@ -29,31 +30,16 @@ from ovd.evaluation.reliability import (
 )
 from pretrain.engine.files import write_atomically
 
-RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)  # COCO's
 IOUS = (0.5, 0.75)
 FLOOR = 0.05
 """Lowest score in the reliability diagram; below it the many boxes that are never shown would dominate the mean."""
 COLOURS = ("#3b6fb5", "#d9822b", "#4a8f5c", "#8a5aa8")
 
 
-def precision_at_recalls(matches: CategoryMatches) -> NDArray[np.float64] | None:
-    """(101,) interpolated precision of one category at COCO's recalls; None without an object to find."""
-    objects = int(matches.objects.sum())
-    if not objects:
-        return None
-    counted = ~matches.ignored
-    order = np.argsort(-matches.score[counted], kind="stable")
-    hits = np.cumsum(matches.correct[counted][order])
-    if not len(hits):
-        return np.zeros(len(RECALLS))
-    precision = np.maximum.accumulate((hits / np.arange(1, len(hits) + 1))[::-1])[::-1]
-    reached = np.searchsorted(hits / objects, RECALLS, side="left")
-    return np.where(reached < len(precision), precision[np.minimum(reached, len(precision) - 1)], 0.0)
-
-
 def mean_curve(table: Mapping[int, CategoryMatches], ids: Sequence[int]) -> NDArray[np.float64]:
     """(101,) mean over categories with objects; its mean is their AP at the table's IoU."""
-    curves = [curve for i in ids if (curve := precision_at_recalls(table[i])) is not None]
+    each = (RankedDetections.of(table[i]).curve(np.ones(len(table[i].objects))) for i in ids)
+    curves = [curve for curve in each if curve is not None]
     return np.mean(curves, axis=0) if curves else np.zeros(len(RECALLS))
 
 

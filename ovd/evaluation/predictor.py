@@ -32,7 +32,7 @@ from ovd.inference.postprocess import (
 from ovd.inference.scorers import ObjectnessScorer, PublishedScorer, Scorer
 from ovd.inference.scoring import RegionSet
 from pretrain.data.coco import ImageId
-from pretrain.data.rle import JsonRle, encode_mask
+from pretrain.data.masks import JsonRle, encode_mask
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ on another object. Any other detection cannot be judged by the labels.
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,6 +27,7 @@ from ovd.inference.postprocess import box_ious
 from ovd.inference.regions import Regions
 from ovd.inference.scoring import Calibration
 from pretrain.data.lexicon import read_lexicon
+from pretrain.engine.errors import warn
 
 RIGHT_SHARE = 0.7
 """Share of shown detections that should be right; .71 and .74 are, at the shipped detectors' thresholds."""
@@ -174,10 +174,9 @@ def with_fitted_prompt_free(
     """The fit with the threshold of prompt-free detection; prints a warning where the labels do not give one."""
     fitted = with_prompt_free_threshold(detector, fitted, scenes, names)
     if fitted.prompt_free_threshold is None and detector.model.prompt_free_words().names:
-        print(
-            f"warning: at no threshold are {RIGHT_SHARE:.0%} of at least {MIN_JUDGED} answers to 'everything' right by "
-            "these labels; the default threshold is kept",
-            file=sys.stderr,
+        warn(
+            f"at no threshold are {RIGHT_SHARE:.0%} of at least {MIN_JUDGED} answers to 'everything' right by "
+            "these labels; the default threshold is kept"
         )
     return fitted
 

@@ -74,43 +74,21 @@ def reliability(score: ArrayLike, correct: ArrayLike, *, bins: int = 15) -> Reli
     return Reliability(edges=edges, count=count, confidence=confidence, accuracy=accuracy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Drift:
-    """How scores of correct detections moved when unrelated words were added.
-
-    Attributes:
-        count: detections compared.
-        mean, largest: of |after − before|; NaN without detections.
-        within: share that moved by at most `limit`; NaN without detections.
-        limit: the allowance.
-    """
-
-    count: int
-    mean: float
-    largest: float
-    within: float
-    limit: float
-
-
-def score_drift(before: ArrayLike, after: ArrayLike, *, limit: float = 0.05) -> Drift:
-    """Compare (N,) scores of the same regions and classes with few and with many words typed.
+def score_drift(before: NDArray[np.float64], after: NDArray[np.float64]) -> tuple[float, float]:
+    """How scores of correct detections move when unrelated words are added.
 
     Args:
-        before, after: (N,); NaN in `after` for a detection that is gone counts as a score of 0.
-        limit: allowed change.
+        before, after: (N,) scores of the same regions and classes; NaN in `after` for a detection that is gone counts
+            as a score of 0.
 
-    Raises:
-        ValueError: lengths differ.
+    Returns:
+        (mean of |after − before|, share that moved by at most .05); NaN without detections.
     """
-    a, b = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"before and after differ in length: {a.shape}, {b.shape}")
-    moved = np.abs(np.nan_to_num(b, nan=0.0) - a)
+    moved = np.abs(np.nan_to_num(after, nan=0.0) - before)
     if not moved.size:
-        return Drift(count=0, mean=float("nan"), largest=float("nan"), within=float("nan"), limit=limit)
-    # A change of exactly the limit is within it; float noise must not decide.
-    within = float(np.mean(moved <= limit + 1e-9))
-    return Drift(count=moved.size, mean=float(moved.mean()), largest=float(moved.max()), within=within, limit=limit)
+        return float("nan"), float("nan")
+    # A change of exactly .05 is within it; float noise must not decide.
+    return float(moved.mean()), float(np.mean(moved <= 0.05 + 1e-9))
 
 
 LEFT, TOP, SIDE = 56, 40, 320
@@ -168,12 +146,12 @@ def reliability_svg(curve: Reliability, *, title: str = "Reliability", caption: 
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _json_safe(value: object) -> object:
+def json_safe(value: object) -> object:
     """The same with NaN, which JSON does not have, as None."""
     if isinstance(value, Mapping):
-        return {key: _json_safe(inner) for key, inner in value.items()}
+        return {key: json_safe(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_json_safe(inner) for inner in value]
+        return [json_safe(inner) for inner in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -195,7 +173,7 @@ def report_fit(
         plot: SVG of the curve; None: none is drawn.
         file: what is printed is written there too; None: it is not.
     """
-    text = json.dumps(_json_safe(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(json_safe(content), indent=1, ensure_ascii=False, allow_nan=False)
     print(text)
     if plot is not None:
         write_atomically(plot, reliability_svg(curve, title=title, caption=caption).encode())

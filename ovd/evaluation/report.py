@@ -13,6 +13,7 @@ from pathlib import Path
 from ovd.data.lvis import FREQUENCIES
 from ovd.evaluation.coco import AVERAGES, RECALL_CAPS, Metrics
 from ovd.evaluation.compare import Difference
+from ovd.evaluation.reliability import json_safe
 from pretrain.engine.files import write_atomically
 
 SCHEMA_VERSION = 1
@@ -34,12 +35,11 @@ def percent(number: float) -> str:
 
 def table(metrics: Metrics) -> str:
     """The table for the screen: a block per kind, a row per group, percentages."""
-    lines = []
     split, counts = metrics.split, metrics.counts
-    lines.append(
+    lines = [
         f"{counts['images']} images, {counts['objects']} objects, {counts['detections']} detections; "
         f"split {split.name} ({len(split.base)} base, {len(split.novel)} novel, hash {split.hash})"
-    )
+    ]
     width = max(7, *(len(c) + 1 for c in COLUMNS))
     for kind in dict.fromkeys(k.split("/")[0] for k in metrics.values):
         lines += ["", f"{TITLES[kind]:8}" + "".join(f"{c:>{width}}" for c in COLUMNS)]
@@ -53,16 +53,22 @@ def table(metrics: Metrics) -> str:
     return "\n".join(lines)
 
 
-def to_json(
-    metrics: Metrics, *, command: Sequence[str] = (), extra: Mapping[str, object] | None = None
-) -> dict[str, object]:
-    """Content of `metrics.json`: keys at the top are the metrics' names; NaN becomes null.
+def write(
+    metrics: Metrics, out: Path, *, command: Sequence[str] = (), extra: Mapping[str, object] | None = None
+) -> tuple[Path, Path]:
+    """Write `metrics.json`, in which NaN becomes null, and `per_class.csv` into a folder, which is made.
 
     Args:
+        metrics: the figures.
+        out: folder.
         command: how it was run.
         extra: further values (weights, seed, time), stored under `run`.
+
+    Returns:
+        both paths.
     """
-    return {
+    json_path, csv_path = out / "metrics.json", out / "per_class.csv"
+    content = {
         "schema_version": SCHEMA_VERSION,
         "metrics": json_safe(metrics.values),
         "split": {"name": metrics.split.name, "hash": metrics.split.hash,
@@ -73,14 +79,6 @@ def to_json(
         "command": list(command),
         "run": dict(extra or {}),
     }  # fmt: skip
-
-
-def write(
-    metrics: Metrics, out: Path, *, command: Sequence[str] = (), extra: Mapping[str, object] | None = None
-) -> tuple[Path, Path]:
-    """Write `metrics.json` and `per_class.csv` into a folder, which is made; returns both paths."""
-    json_path, csv_path = out / "metrics.json", out / "per_class.csv"
-    content = to_json(metrics, command=command, extra=extra)
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(json_path, text.encode(errors="backslashreplace"))  # names on disk may be no UTF-8
     table = io.StringIO(newline="")
@@ -99,11 +97,6 @@ def difference_line(d: Difference) -> str:
     low, high = f"{100 * d.low:+.1f}", f"{100 * d.high:+.1f}"
     verdict = "" if d.clear else "  not clear: the interval holds 0"
     return f"{percent(d.a)} -> {percent(d.b)}: {100 * d.difference:+.1f} [{low}, {high}]{verdict}"
-
-
-def json_safe(values: Mapping[str, object]) -> dict[str, object]:
-    """The same values with NaN, which JSON does not have, as None."""
-    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
 def _cell(entry: str | int | float) -> str | int:

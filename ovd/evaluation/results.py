@@ -67,7 +67,7 @@ def check_results(
             hint = " This looks like a ground-truth file; predictions are a plain list."
         raise UserError(f"{where}: expected a list of detections, found {kind_of(results)}.{hint}")
     checked: list[CheckedResult] = []
-    odd = _Oddities()
+    odd = Counter[str]()
     for n, d in enumerate(results):
         entry = f"{where}[{n}]"
         image_id = require_id(required(d, "image_id", entry), gt.sizes, f"{entry}: image_id")
@@ -75,7 +75,7 @@ def check_results(
         if classes:
             category_id = required(d, "category_id", entry)
             if is_id(category_id) and category_id in outside and category_id not in gt.categories:
-                odd.dropped += 1
+                odd["dropped"] += 1
                 continue
             category = require_id(category_id, gt.categories, f"{entry}: category_id")
         checked.append(_checked_result(d, image_id, category, gt.sizes[image_id], entry, odd))
@@ -83,56 +83,24 @@ def check_results(
     boxes = Counter(
         (one["image_id"], one["category_id"], one["score"], *one["bbox"]) for one in checked if "bbox" in one
     )
-    odd.repeated = boxes.total() - len(boxes)
-    return Results(detections=checked, warnings=odd.warnings(len(checked)))
-
-
-@dataclass(kw_only=True)
-class _Oddities:
-    """What is odd in results and does not keep them from being evaluated, counted.
-
-    Attributes:
-        dropped: detections of categories that the ground truth lacks.
-        over: boxes that reach over the border of their image.
-        corners: those of them that would fit as x1, y1, x2, y2.
-        flat: boxes without area.
-        repeated: detections that repeat another one.
-    """
-
-    dropped: int = 0
-    over: int = 0
-    corners: int = 0
-    flat: int = 0
-    repeated: int = 0
-
-    def warnings(self, count: int) -> list[str]:
-        """For ``count`` detections."""
-        warnings = []
-        if self.repeated:
-            warnings.append(
-                f"{self.repeated} detections repeat image, class, box and score of another one, and count as false: "
-                "were parts of the results put together twice?"
-            )
-        if self.dropped:
-            warnings.append(
-                f"{self.dropped} detections of categories that the ground truth does not define are left out"
-            )
-        if self.over:
-            hint = ""
-            if self.over > count / 4 and self.corners > 0.95 * self.over:
-                hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height"
-            warnings.append(
-                f"{self.over} of {count} boxes reach over the border of their image (kept as they are){hint}"
-            )
-        if self.flat:
-            warnings.append(f"{self.flat} boxes have no area and can match nothing")
-        if not count:
-            warnings.append("no detections: every precision and recall is 0")
-        return warnings
+    odd["repeated"] = boxes.total() - len(boxes)
+    misread = odd["over"] > len(checked) / 4 and odd["corners"] > 0.95 * odd["over"]
+    hint = "; are they x1, y1, x2, y2? COCO's are x, y, width, height" if misread else ""
+    texts = {
+        "repeated": "{} detections repeat image, class, box and score of another one, and count as false: were parts "
+        "of the results put together twice?",
+        "dropped": "{} detections of categories that the ground truth does not define are left out",
+        "over": f"{{}} of {len(checked)} boxes reach over the border of their image (kept as they are){hint}",
+        "flat": "{} boxes have no area and can match nothing",
+    }
+    warnings = [text.format(odd[key]) for key, text in texts.items() if odd[key]]
+    if not checked:
+        warnings.append("no detections: every precision and recall is 0")
+    return Results(detections=checked, warnings=warnings)
 
 
 def _checked_result(
-    d: Any, image_id: ImageId, category: int, size: tuple[int, int] | None, entry: str, odd: _Oddities
+    d: Any, image_id: ImageId, category: int, size: tuple[int, int] | None, entry: str, odd: Counter[str]
 ) -> CheckedResult:
     """One detection of a known image and category; its oddities are added to ``odd``."""
     score = required(d, "score", entry)
@@ -143,11 +111,11 @@ def _checked_result(
         result["segmentation"] = masks.to_rle(d["segmentation"], size, entry)
     if d.get("bbox"):
         result["bbox"] = checked_box(d["bbox"], entry)
-        odd.flat += result["bbox"][2] == 0 or result["bbox"][3] == 0
+        odd["flat"] += result["bbox"][2] == 0 or result["bbox"][3] == 0
         if size is not None:
             reaches, clipped = over_border(result["bbox"], size, f"{entry}: box {result['bbox']}", image_id)
-            odd.over += reaches
-            odd.corners += clipped
+            odd["over"] += reaches
+            odd["corners"] += clipped
     elif "segmentation" not in result:
         raise UserError(f"{entry}: neither bbox nor segmentation.")
     return result

@@ -79,14 +79,14 @@ def measure(
         draw_words(scene.present, words=words, others=[], near=near, absent=80, rng=np.random.default_rng([7, i]))[1]
         for i, scene in enumerate(scenes)
     ]
-    drift = score_drift(*distractor_scores(scenes, distractors, scorer))
+    drift, within = score_drift(*distractor_scores(scenes, distractors, scorer))
     curve = reliability(outcome.score, outcome.correct)
     return {
         "scenes": float(len(scenes)),
         **at_threshold(outcome, threshold),
         "ece": curve.ece,
-        "drift_80_words_within_0.05": drift.within,
-        "drift_80_words_mean": drift.mean,
+        "drift_80_words_within_0.05": within,
+        "drift_80_words_mean": drift,
     }, curve
 
 

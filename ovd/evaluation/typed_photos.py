@@ -9,7 +9,6 @@ most easily confused with it.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from ovd.inference.arrays import Floats
 from ovd.inference.postprocess import NMS_IOU, batched_nms
 from ovd.inference.scorers import Scorer
 from ovd.inference.scoring import RegionSet
-from pretrain.engine.errors import BadImageError
+from pretrain.engine.errors import BadImageError, warn
 
 CONFIDENT = 0.3
 """A word is typed as present where a box has this score."""
@@ -147,7 +146,7 @@ def typed_photos(
         try:
             regions = detector.embed(photos.image(index)).regions
         except BadImageError as problem:
-            print(f"warning: {problem}; left out", file=sys.stderr)
+            warn(f"{problem}; left out")
             continue
         scene = typed_photo(photo, regions, table, near=near, absent=absent, rng=rng)
         if scene is not None:

@@ -17,7 +17,7 @@ from ovd.formats.shapes import LabelledPictures, Picture, Shape, joined, outline
 from ovd.formats.xml import xml_document
 from pretrain.data.coco_entries import CocoAnnotation, CocoImage, CocoObject
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import fitting_name, write_atomically
+from pretrain.engine.files import fitting_name, write_atomically, write_json
 
 PictureMode = Literal["copy", "link", "none"]
 """Whether the pictures of a data set that is written are copied, linked or left out."""
@@ -37,7 +37,7 @@ def write_coco(labelled: LabelledPictures, out: Path, *, picture_mode: PictureMo
                 annotation_id += 1
                 annotations.append({"id": annotation_id, "image_id": number, **_coco_object(shape)})
         content = {"images": images, "annotations": annotations, "categories": coco_categories(labelled.names)}
-        _write_json(out / "annotations" / f"instances_{part or 'all'}.json", content)
+        write_json(out / "annotations" / f"instances_{part or 'all'}.json", content)
 
 
 def _coco_object(shape: Shape) -> CocoObject:
@@ -163,7 +163,3 @@ def _same_file(one: Path, other: Path) -> bool:
     """Whether an earlier run's copy is unchanged, by size and time."""
     a, b = one.stat(), other.stat()
     return (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
-
-
-def _write_json(path: Path, content: object) -> None:
-    write_atomically(path, json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace"))

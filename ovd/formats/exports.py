@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement
 
 from ovd.formats.shapes import LabelledPictures, Picture, Shape, outlines
 from ovd.formats.xml import xml_document
-from pretrain.engine.files import fitting_name, write_atomically
+from pretrain.engine.files import fitting_name, write_atomically, write_json
 
 CSV_COLUMNS = ("file", "width", "height", "class", "score", "x1", "y1", "x2", "y2")
 LABELME_VERSION = "5.5.0"
@@ -47,7 +46,7 @@ def write_labelme(labelled: LabelledPictures, out: Path) -> None:
             "imageHeight": height,
             "imageWidth": width,
         }
-        write_atomically(file, json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
+        write_json(file, content, indent=1)
 
 
 def _labelme_shapes(shape: Shape, picture: Picture) -> list[dict[str, object]]:
@@ -102,8 +101,7 @@ def write_label_studio(labelled: LabelledPictures, out: Path) -> None:
         prediction: dict[str, object] = {"model_version": "wordbox", "result": results}
         prediction |= {"score": min(scores)} if scores else {}
         tasks.append({"data": {"image": LABEL_STUDIO_ROOT + picture.file}, "predictions": [prediction]})
-    text = json.dumps(tasks, ensure_ascii=False, indent=1)
-    write_atomically(out / "tasks.json", text.encode("utf-8", "backslashreplace"))
+    write_json(out / "tasks.json", tasks, indent=1)
     view = Element("View")
     SubElement(view, "Image", {"name": "image", "value": "$image"})
     for tag, name in (("RectangleLabels", "label"), ("PolygonLabels", "outline")):

@@ -11,8 +11,8 @@ DATASET_FORMATS = ("coco", "yolo", "yolo-seg", "voc")
 FORMATS = (*DATASET_FORMATS, "labelme", "cvat", "label-studio", "csv")
 
 
-def parse_formats(text: str, *, flag: str = "--format") -> tuple[str, ...]:
-    """``yolo,csv`` → the names.
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Value of ``--format``: ``yolo,csv`` → the names.
 
     Raises:
         UserError: there is none of one of the names.
@@ -21,8 +21,8 @@ def parse_formats(text: str, *, flag: str = "--format") -> tuple[str, ...]:
     for name in names:
         if name not in FORMATS:
             raise UserError(
-                f"{flag} {text}: unknown '{name}'{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}"
+                f"--format {text}: unknown '{name}'{did_you_mean(name, FORMATS)}; known: {', '.join(FORMATS)}"
             )
     if not names:
-        raise UserError(f"{flag}: expected one or more of {', '.join(FORMATS)}, separated by commas")
+        raise UserError(f"--format: expected one or more of {', '.join(FORMATS)}, separated by commas")
     return names

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ovd.formats.labels import Labels
 from ovd.formats.shapes import LabelledPictures, labelled_pictures
 from ovd.formats.write import outlines_notice, write_labels
+from pretrain.engine.errors import warn
 from pretrain.engine.files import read_json
 
 
@@ -47,5 +47,5 @@ def write_predictions(out: Path, formats: Sequence[str], sources: Mapping[str, P
     predictions = read_predictions(out, sources)
     for name in formats:
         if notice := outlines_notice(predictions, name):
-            print(f"warning: {notice}", file=sys.stderr)
+            warn(notice)
         write_labels(predictions, out / name, name, picture_mode="none")

@@ -174,8 +174,7 @@ def _pictures_of(file: Path, content: object) -> Path:
     if not any(counts):
         text = f"{file}: its picture {names[0]} is not in {file.parent}; {NAME_FOLDER}."
         raise UserError(text + backslash_hint(names[0]))
-    root = tried[counts.index(max(counts))]
-    return root
+    return tried[counts.index(max(counts))]
 
 
 def _joined(folder: Path, opened: list[tuple[str, Labels]]) -> Labels:

@@ -15,7 +15,6 @@ Shapes: R regions, C classes, B background words, K words of the proposal networ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,6 +39,9 @@ if TYPE_CHECKING:
 
 CROPS = 50
 """Default number of regions that are cropped and embedded per picture."""
+
+BATCH = 32
+"""Crops per forward pass of the encoder."""
 
 SCALES = (1.2,)
 """Of the crops: the box with a tenth of its sides around it. A second scale would double the time."""
@@ -134,7 +136,6 @@ class CropClassifier(RegionModel):
         calibration: ``open_scale`` is the encoder's inverse temperature.
         calibrated: whether the calibration was fitted for this encoder and these boxes.
         card: of the detector that the boxes come from, where it has one.
-        batch_size: crops per forward pass of the encoder.
     """
 
     has_published_protocol = False
@@ -151,17 +152,15 @@ class CropClassifier(RegionModel):
         calibration: Calibration,
         calibrated: bool,
         card: DetectorCard | None = None,
-        batch_size: int = 32,
     ) -> None:
         self.source, self.encoder, self.name, self.card = source, encoder, name, card
         self.background_words = unit_rows(background_words)
         self.words, self.proposal_words = words, proposal_words
         self.calibration, self.calibrated = calibration, calibrated
-        self.batch_size = batch_size
 
     def regions(self, image: NDArray[np.uint8]) -> RegionSet:
         """See `RegionModel.regions`; boxes with a side under two pixels cannot be cropped and are left out."""
-        return embed_boxes(self.source(image), image, self.encoder, batch_size=self.batch_size)
+        return embed_boxes(self.source(image), image, self.encoder)
 
     def propose(self, image: NDArray[np.uint8], *, top: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """See `RegionModel.propose`: nothing is cropped for boxes alone."""
@@ -217,14 +216,7 @@ class CropScorer(WordScorer):
         return platt_scaled(best_RC ** (1 - c.head_weight) * named_RC**c.head_weight, slope=c.slope, offset=c.offset)
 
 
-def embed_boxes(
-    regions: RegionSet,
-    image: NDArray[np.uint8],
-    encoder: RegionEncoder,
-    *,
-    scales: Sequence[float] = SCALES,
-    batch_size: int = 32,
-) -> RegionSet:
+def embed_boxes(regions: RegionSet, image: NDArray[np.uint8], encoder: RegionEncoder) -> RegionSet:
     """Regions with the encoder's embeddings of their crops in place of their own.
 
     Large pictures are shrunk first, as `ovd.inference.crop_refinement` does.
@@ -233,12 +225,10 @@ def embed_boxes(
         regions: of one picture; those with a side under two pixels are left out.
         image: (H, W, 3) uint8 RGB, the picture.
         encoder: embeds the crops.
-        scales: of the crops, see `ovd.regions.crops.crop_regions`.
-        batch_size: crops per forward pass.
     """
     regions = regions.at(large_enough(regions.boxes))
     small = shrunk(image, regions.boxes)
-    rows = as_array(embed_regions(encoder, *small, scales=scales, resample="bicubic", batch_size=batch_size))
+    rows = as_array(embed_regions(encoder, *small, scales=SCALES, resample="bicubic", batch_size=BATCH))
     no_words = np.zeros((len(regions), 0), np.float32)
     return replace(
         regions,

@@ -14,13 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import nms
+from torchvision.ops import box_convert, nms
 
 from ovd.inference.arrays import Floats, as_array, unit_rows
 from ovd.inference.rcnn_regions import InputSize
 from ovd.inference.region_model import ConditionedBoxes, PatchLocator, RegionModel
 from ovd.inference.scoring import Calibration, RegionSet
-from ovd.modeling.boxes import box_cxcywh_to_xyxy
 from ovd.modeling.detr.attention_mask import query_groups
 from ovd.regions.crops import crop_regions
 from pretrain.engine.errors import UserError
@@ -237,7 +236,7 @@ def detr_region_model(
 def in_pixels(boxes: Tensor, image: NDArray[np.uint8]) -> Tensor:
     """Centre boxes (K, 4) in [0, 1] → corners in pixels of the picture, inside it."""
     height, width = image.shape[:2]
-    return box_cxcywh_to_xyxy(boxes).clamp(0, 1) * boxes.new_tensor([width, height, width, height])
+    return box_convert(boxes, "cxcywh", "xyxy").clamp(0, 1) * boxes.new_tensor([width, height, width, height])
 
 
 def region_set(boxes: Tensor, objectness: Tensor, embedding: Tensor, image: NDArray[np.uint8]) -> RegionSet:

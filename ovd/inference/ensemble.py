@@ -16,11 +16,9 @@ FIXED_TEXT_WEIGHT = 0.6
 sets."""
 
 
-def text_exponents(
-    is_base_C: NDArray[np.bool_], *, base: float = BASE_NOVEL_WEIGHT, novel: float = 1 - BASE_NOVEL_WEIGHT
-) -> Floats:
-    """(C,) exponents of the text head: ``base`` on base classes and ``novel`` on novel ones."""
-    return np.where(is_base_C, np.float32(base), np.float32(novel))
+def text_exponents(is_base_C: NDArray[np.bool_], *, novel: float = 1 - BASE_NOVEL_WEIGHT) -> Floats:
+    """(C,) exponents of the text head: `BASE_NOVEL_WEIGHT` on base classes and ``novel`` on novel ones."""
+    return np.where(is_base_C, np.float32(BASE_NOVEL_WEIGHT), np.float32(novel))
 
 
 def geometric_ensemble(text_RC: Floats, image_RC: Floats, exponent: Floats | float) -> Floats:

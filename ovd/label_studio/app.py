@@ -74,7 +74,9 @@ class BackendGate(Gate):
     async def admit(self, headers: Headers, scope: Scope, receive: Receive, reply: Reply) -> None:
         """See `Gate`."""
         if not self._is_authorized(headers.get("authorization", "")):
-            await _unauthorized()(scope, receive, reply)
+            refusal = _problem(401, "user and password are not those that wordbox serve was started with")
+            refusal.headers["WWW-Authenticate"] = 'Basic realm="wordbox"'
+            await refusal(scope, receive, reply)
             return
         if scope["method"] == "POST":
             body = await self._bodies.read(receive, length_of(headers), limit=self._limits.request)
@@ -99,15 +101,15 @@ def build_app(backend: Backend) -> Starlette:
     waiting = 0
 
     async def health(_: Request) -> Response:
-        return _answer({"status": "UP", "model_class": "wordbox"})
+        return _json({"status": "UP", "model_class": "wordbox"})
 
     async def versions(_: Request) -> Response:
-        return _answer({"versions": backend.versions()})
+        return _json({"versions": backend.versions()})
 
     async def setup(request: Request) -> Response:
         body = _object(await request.body())
         plan = await run_in_threadpool(backend.plan, _text(body, "schema"))
-        return _answer({"model_version": plan.version})
+        return _json({"model_version": plan.version})
 
     async def predict(request: Request) -> Response:
         nonlocal waiting
@@ -127,13 +129,13 @@ def build_app(backend: Backend) -> Starlette:
                 plan = backend.plan(config)
         finally:
             waiting -= 1
-        return _answer({"results": results, "model_version": plan.version})
+        return _json({"results": results, "model_version": plan.version})
 
     async def webhook(request: Request) -> Response:
         # Label Studio reports every annotation, which needs nothing; a request to train must not be ignored silently.
         if _object(await request.body()).get("action") == "START_TRAINING":
             return _problem(501, NO_TRAINING)
-        return _answer({"status": "ok"})
+        return _json({"status": "ok"})
 
     return Starlette(
         routes=[
@@ -160,10 +162,6 @@ def _with_reason(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable
     return answered
 
 
-def _answer(content: object) -> Response:
-    return _json(content)
-
-
 def _json(content: object, *, status: int = 200) -> Response:
     """A JSON answer in ASCII: what a request says is repeated in it, halves of characters too."""
     from starlette.responses import Response
@@ -176,12 +174,6 @@ def _problem(status: int, text: str, *, retry: int | None = None) -> Response:
     response.raw_headers.append(reason_header(text))
     if retry is not None:
         response.headers["Retry-After"] = str(retry)
-    return response
-
-
-def _unauthorized() -> Response:
-    response = _problem(401, "user and password are not those that wordbox serve was started with")
-    response.headers["WWW-Authenticate"] = 'Basic realm="wordbox"'
     return response
 
 

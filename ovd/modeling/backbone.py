@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ovd.modeling.library_network import STRIDES, Chain, LibraryNetwork, open_network, with_norms
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import LoadReport, load_tensors
-from pretrain.nets.checkpoints import to_detectron2 as to_detectron2
+from pretrain.nets.checkpoints import to_detectron2
 from pretrain.nets.grid import conv3x3_on_2x2
 from pretrain.nets.standardised import group_norm
 

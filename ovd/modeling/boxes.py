@@ -1,22 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes as tensors: the two formats, their overlap. Pure torch; shapes are (…, 4)."""
+"""Overlap of boxes as tensors."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(…, 4) centre x, centre y, width, height → x1, y1, x2, y2."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
-
-
-def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(…, 4) x1, y1, x2, y2 → centre x, centre y, width, height."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 def box_iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

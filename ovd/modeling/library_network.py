@@ -9,8 +9,7 @@ size) is refused when built instead of computing something else.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, first_line, near_names
 from pretrain.engine.files import EXPORTED, read_json
 
 PROBE = 128  # pixels; four cells at stride 32
@@ -120,8 +119,7 @@ def open_network(name: str) -> LibraryNetwork:
     try:
         parts = _chain(network)
     except Exception as problem:  # of any kind: the network is another library's
-        reason = str(problem).splitlines()[0].rstrip(".!") if str(problem) else type(problem).__name__
-        raise _no_pyramid(name, reason) from problem
+        raise _no_pyramid(name, first_line(problem).rstrip(".!")) from problem
     ends = {}
     for stage, stride in STRIDES.items():
         levels = [n for n, part in enumerate(parts) if part.intact and part.side == PROBE // stride]
@@ -146,11 +144,11 @@ def _timm(name: str) -> tuple[nn.Module, Statistics, list[str]]:
     import timm
 
     if not timm.is_model(name):
-        raise _unknown("timm", name, timm.list_models())
+        raise UserError(f"model.backbone.name: timm has no network {name!r}{near_names(name, timm.list_models())}")
     try:
         network = timm.create_model(name, pretrained=False)
     except RuntimeError as problem:  # a tag behind a dot that timm does not know
-        raise UserError(f"model.backbone.name: timm:{name}: {str(problem).splitlines()[0]}") from problem
+        raise UserError(f"model.backbone.name: timm:{name}: {first_line(problem)}") from problem
     config = cast(Any, network.pretrained_cfg)
     if config.get("fixed_input_size"):
         raise _no_pyramid(f"timm:{name}", f"it takes pictures of {config['input_size'][-1]} pixels only")
@@ -164,14 +162,8 @@ def _torchvision(name: str) -> tuple[nn.Module, Statistics, list[str]]:
 
     available = models.list_models(module=models)  # the rest detects, segments or reads videos
     if name not in available:
-        raise _unknown("torchvision", name, available)
+        raise UserError(f"model.backbone.name: torchvision has no network {name!r}{near_names(name, available)}")
     return models.get_model(name, weights=None), IMAGENET, []
-
-
-def _unknown(library: str, name: str, names: Sequence[str]) -> UserError:
-    near = difflib.get_close_matches(name, names, n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UserError(f"model.backbone.name: {library} has no network {name!r}{hint}")
 
 
 def _units(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

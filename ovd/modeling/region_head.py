@@ -18,9 +18,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads.box_head import FastRCNNConvFCHead
 from torch import Tensor, nn
 
-from ovd.modeling.backbone import MISMATCH_HINT, build_last_stage, norm_of, to_detectron2
+from ovd.modeling.backbone import MISMATCH_HINT, build_last_stage, norm_of
 from ovd.modeling.library_network import Chain
 from pretrain.engine.state import LoadReport, load_tensors
+from pretrain.nets.checkpoints import to_detectron2
 
 if TYPE_CHECKING:
     from ovd.config import DetectorBackboneConfig

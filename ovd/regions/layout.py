@@ -116,21 +116,6 @@ class Identity:
     notes: Mapping[str, object] = field(default_factory=dict)
 
 
-class SettingsRecord(TypedDict):
-    """`StoreSettings` as JSON."""
-
-    proposals_per_image: int
-    crop_size: int
-    scales: list[float]
-    crop_mode: CropMode
-    border: Border
-    resample: Resample
-    normalise_each: bool
-    precision: Literal["fp32", "bf16"]
-    min_side: float
-    images_per_shard: int
-
-
 class PictureCount(TypedDict):
     """How many pictures a store has, and the sha256 of the list of their ids."""
 
@@ -166,7 +151,7 @@ class Manifest(_Provenance):
     dim: int
     proposals: str
     source: str
-    settings: SettingsRecord
+    settings: dict[str, Any]  # `StoreSettings`
     images: PictureCount
     dtype: str
     notes: dict[str, object]
@@ -200,8 +185,7 @@ def shard_count(manifest: Manifest) -> int:
 
 def settings_of(manifest: Manifest) -> StoreSettings:
     """The settings a store was made with."""
-    values: dict[str, Any] = {**manifest["settings"], "scales": tuple(manifest["settings"]["scales"])}
-    return StoreSettings(**values)
+    return StoreSettings(**{**manifest["settings"], "scales": tuple(manifest["settings"]["scales"])})
 
 
 def shard_rows(manifest: Manifest, shard: int) -> range:
@@ -305,7 +289,7 @@ def _named(value: object, name: object) -> str:
     return f"{name} ({str(value)[:12]}…)" if isinstance(name, str) else repr(value)
 
 
-def as_json(value: Mapping[str, object]) -> dict[str, object]:
+def as_json(value: Mapping[str, object]) -> dict[str, Any]:
     """As it comes back from JSON (tuples become lists), so that comparisons are fair."""
     return dict(json.loads(json.dumps(value)))
 
@@ -323,22 +307,25 @@ def write_json(file: Path, value: Mapping[str, object]) -> None:
     write_text(file, json.dumps(value, indent=1))
 
 
+def _written(file: Path, text: str) -> Path:
+    """A flushed file with the text beside ``file``, under a temporary name."""
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush_to_disk(temporary)
+    return temporary
+
+
 def write_text(file: Path, text: str) -> None:
     """Write under a temporary name, flush, rename."""
     # Not `write_atomically`, which makes every OSError a refusal: here FileNotFoundError has a meaning of its own, that
     # another process took the shard over and swept this temporary file away (`write_regions`).
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
-    os.replace(temporary, file)
+    os.replace(_written(file, text), file)
     flush_to_disk(file.parent)
 
 
 def write_text_once(file: Path, text: str) -> None:
     """Like `write_text`, but the first writer wins."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    flush_to_disk(temporary)
+    temporary = _written(file, text)
     try:
         os.link(temporary, file)
     except FileExistsError:

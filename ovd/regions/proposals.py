@@ -94,9 +94,9 @@ def select_proposals(
     return Proposals(np.ascontiguousarray(box_P4[order]), np.ascontiguousarray(score_P[order]))
 
 
-def large_enough(boxes: NDArray[np.float32], *, min_side: float = MIN_SIDE) -> NDArray[np.bool_]:
-    """(P,) bool: which of ``(P, 4)`` boxes have both sides of at least ``min_side`` pixels."""
-    return (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= min_side
+def large_enough(boxes: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(P,) bool: which of ``(P, 4)`` boxes have both sides of at least `MIN_SIDE` pixels."""
+    return (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=np.inf) >= MIN_SIDE
 
 
 def resize_boxes(boxes: NDArray[np.float32], old_hw: tuple[int, int], new_hw: tuple[int, int]) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 
 from ovd.regions.crops import RegionEncoder, embed_crops
 from ovd.regions.layout import (
@@ -19,7 +18,6 @@ from ovd.regions.layout import (
     Identity,
     ImageSource,
     Manifest,
-    SettingsRecord,
     ShardSum,
     as_json,
     ids_path,
@@ -69,7 +67,7 @@ class WriteReport:
 def estimate(source_length: int, *, identity: Identity, root: Path | None = None) -> Estimate:
     """Bytes a store takes, and how much of it is still to be written into ``root``."""
     settings = identity.settings
-    per_image = _bytes_per_image(settings.proposals_per_image, identity.dim)
+    per_image = settings.proposals_per_image * (2 * identity.dim + 4 * 4 + 4) + 8
     done = 0
     if root is not None and manifest_path(root).is_file():
         manifest = read_manifest(root)
@@ -127,7 +125,7 @@ def write_regions(
     _refuse_small_disk(writer.path, plan)
     writer.count_complete()
     if plan.missing_images:
-        log(_plan_line(writer.embedder, plan, identity.dim))
+        log(plan_line(writer.embedder, plan, identity.dim))
     while not writer.complete:
         if not writer.write_free() and not writer.complete:
             if not wait:
@@ -191,7 +189,8 @@ class _Writer:
 
     def _write(self, shard: int, heartbeat: Callable[[], None]) -> None:
         start = time.monotonic()
-        _remove_leftovers(self.path, shard)
+        for leftover in self.path.glob(f".shard-{shard:05d}.*.tmp"):  # of a killed writer
+            leftover.unlink(missing_ok=True)
         try:
             self.bad += write_shard(
                 self.path, shard, manifest=self.manifest, embedder=self.embedder, heartbeat=heartbeat
@@ -221,23 +220,8 @@ class _Writer:
             )
 
 
-def plan_line(
-    *,
-    source: ImageSource,
-    proposer: Proposer,
-    encoder: RegionEncoder,
-    identity: Identity,
-    batch_size: int = 256,
-    root: Path | None = None,
-) -> str:
+def plan_line(embedder: RegionEmbedder, plan: Estimate, dim: int) -> str:
     """Size and time in one line; the time is that of the second of two pictures (the first one warms up)."""
-    embedder = RegionEmbedder(
-        source=source, proposer=proposer, encoder=encoder, settings=identity.settings, batch_size=batch_size
-    )
-    return _plan_line(embedder, estimate(len(source), identity=identity, root=root), identity.dim)
-
-
-def _plan_line(embedder: RegionEmbedder, plan: Estimate, dim: int) -> str:
     settings, took = embedder.settings, 0.0
     for index in range(min(2, len(embedder.source))):
         start = time.perf_counter()
@@ -286,7 +270,7 @@ def _create(path: Path, *, source: ImageSource, identity: Identity) -> Manifest:
         "dim": identity.dim,
         "proposals": identity.proposals,
         "source": identity.source,
-        "settings": cast(SettingsRecord, as_json(asdict(identity.settings))),
+        "settings": as_json(asdict(identity.settings)),
         "images": {"count": len(ids), "sha256": hashlib.sha256(ids_text.encode()).hexdigest()},
         "dtype": "float16",
         "notes": as_json(dict(identity.notes)),
@@ -340,16 +324,6 @@ def _is_complete(path: Path, shard: int, log: Callable[[str], None]) -> bool:
     log(f"warning: {file.name} is damaged and will be written again")
     sidecar_path(path, shard).unlink(missing_ok=True)
     return False
-
-
-def _remove_leftovers(path: Path, shard: int) -> None:
-    """Remove what a killed writer of this shard left behind."""
-    for leftover in path.glob(f".shard-{shard:05d}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-
-
-def _bytes_per_image(top: int, dim: int) -> int:
-    return top * (2 * dim + 4 * 4 + 4) + 8
 
 
 def _refuse_small_disk(path: Path, plan: Estimate) -> None:

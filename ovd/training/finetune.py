@@ -121,7 +121,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
         UserError: the weights are not a detector of photographs, or lie in the folder that is written.
     """
     from ovd.config_proposals import ProposalNetworkConfig
-    from ovd.data.mosaic import MosaicAugment, MosaicSource
+    from ovd.data.mosaic import MosaicSource
     from ovd.modeling.fvlm.network import PROPOSALS
     from ovd.modeling.proposals.architecture import ARCHITECTURES
     from ovd.modeling.proposals.build import build_from_weights
@@ -158,15 +158,7 @@ def build(config: FinetuneConfig, *, photos: FinetunePhotos) -> FinetuneParts:
         source=MosaicSource(
             photos=photos,
             chosen=chosen,
-            side=data.side,
-            augment=MosaicAugment(
-                scale=data.scale,
-                mosaic=data.mosaic,
-                flip=data.flip,
-                flip_vertical=data.flip_vertical,
-                colour=data.colour,
-                negative_share=data.negative_share,
-            ),
+            augment=data,
             seed=config.loop.seed,
             negatives=negatives,
             detector=folder,

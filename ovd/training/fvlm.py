@@ -46,11 +46,6 @@ class FvlmParts:
     source: PooledSource
 
 
-def for_check(config: FvlmTrainConfig) -> FvlmTrainConfig:
-    """The configuration for ``--check``: features are computed for the batches that are looked at, not cached ahead."""
-    return config.model_copy(update={"cache": None})
-
-
 def build(config: FvlmTrainConfig, *, check: bool = False) -> FvlmParts:
     """Everything a training needs, before the first step; features that are not cached yet are computed first.
 
@@ -71,8 +66,8 @@ def build(config: FvlmTrainConfig, *, check: bool = False) -> FvlmParts:
     from ovd.weights import detector_folder
     from pretrain.engine.distributed import seed_everything
 
-    if check:
-        config = for_check(config)
+    if check:  # features are computed for the batches that are looked at
+        config = config.model_copy(update={"cache": None})
     seed_everything(config.loop.seed)
     photos = read_photos(config.data)
     for notice in photos.notices:

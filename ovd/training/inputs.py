@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ovd.config import DataConfig, DetectorBackboneConfig
 from ovd.config_backbone import BATCH_NORMS, NetworkConfig
 from ovd.config_detr import DetrBackboneConfig
-from pretrain.engine.errors import UserError, absent, did_you_mean
+from pretrain.engine.errors import UserError, absent, did_you_mean, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +85,7 @@ def labelled_images(data: DataConfig) -> LabelledImages:
     )
     if is_main():
         for notice in photos.notices:
-            print(f"warning: {notice}", file=sys.stderr)
+            warn(notice)
     return photos
 
 

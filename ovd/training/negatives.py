@@ -40,8 +40,8 @@ def negatives_of(
     if config.negatives is None or not config.mosaic * config.negative_share:
         return None
     if config.negatives != PACKAGED:
-        return NegativePhotos.of_folder(Path(config.negatives), where="data.negatives", labelled=photos.paths())
-    packaged = NegativePhotos.of_folder(PACKAGED_PHOTOS, where="data.negatives")
+        return NegativePhotos.of_folder(Path(config.negatives), labelled=photos.paths())
+    packaged = NegativePhotos.of_folder(PACKAGED_PHOTOS)
     return without_classes(packaged, photos, chosen, Detector.load(detector, cache_size=0, masks=False))
 
 

@@ -80,14 +80,9 @@ def held_out_batches(
 
 def patch_embedder(config: DetrTrainConfig, model: Detr, encoder: JointEncoder) -> Callable[[Tensor], Tensor]:
     """(P, K, 3, S, S) uint8 → (P, D): by the frozen backbone, or by the joint space's image encoder."""
-
-    def backbone_features(patches: Tensor) -> Tensor:
-        return model.pooled(patches[:, 0])
-
-    def joint_embeddings(patches: Tensor) -> Tensor:
-        return embed_crops(encoder, patches).to(model.device)
-
-    return joint_embeddings if config.model.embed_space == "clip" else backbone_features
+    if config.model.embed_space == "clip":
+        return lambda patches: embed_crops(encoder, patches).to(model.device)
+    return lambda patches: model.pooled(patches[:, 0])
 
 
 @dataclass(frozen=True)

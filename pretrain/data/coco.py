@@ -207,9 +207,9 @@ def _require_lists(content: Any, keys: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: {key!r} must be a list, {what}.")
 
 
-def image_sizes(gt: CocoJson, *, where: str = "annotations") -> dict[ImageId, tuple[int, int] | None]:
+def image_sizes(gt: CocoJson) -> dict[ImageId, tuple[int, int] | None]:
     """(height, width) of each image as `check_ground_truth` understands it, without looking at the annotations."""
-    return _images(gt["images"], where, [])[0]
+    return _images(gt["images"], "annotations", [])[0]
 
 
 def _images(

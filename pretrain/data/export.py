@@ -15,7 +15,7 @@ from PIL import Image
 from pretrain.data.scenes import ObjectEntry, SceneSource, coco_objects
 from pretrain.data.stickers import Stickers
 from pretrain.engine.errors import UserError
-from pretrain.engine.files import alone_in, write_atomically
+from pretrain.engine.files import alone_in, write_json
 
 JPEG_QUALITY = 95
 LICENCES = (
@@ -79,7 +79,7 @@ def export(source: SceneSource, out: Path, *, image_format: str = "jpg", overwri
             images.append({**entry, "file_name": path.relative_to(out).as_posix(), "license": 1})
             annotations += objects
         data = {**coco_header(source.stickers, source), "images": images, "annotations": annotations}
-        write_atomically(target, json.dumps(data, ensure_ascii=False).encode())
+        write_json(target, data)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     return target

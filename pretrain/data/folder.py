@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from pretrain.data.damage import require_sound_png, require_whole_jpeg, require_whole_webp
-from pretrain.engine.errors import BadImageError, UserError, absent
+from pretrain.engine.errors import BadImageError, UserError, absent, warn
 
 HAS_AVIF = bool(features.check("avif"))  # Pillow's own packages have it from 11.3 on
 HAS_HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -335,5 +334,5 @@ def list_images(folder: str | Path) -> list[Path]:
     """The paths of `find_images`; skipped files are reported on standard error, by one process of a run."""
     listing = find_images(folder)
     if str(listing) and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {folder}: {listing}", file=sys.stderr)
+        warn(f"{folder}: {listing}")
     return listing.paths

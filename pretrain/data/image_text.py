@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +26,7 @@ from pretrain.data.images import Pictures
 from pretrain.data.pairs import PairSource
 from pretrain.data.shards import ShardSet
 from pretrain.engine.distributed import is_main
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, warn
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.identity import files_identity, identity_of, text_identity
 
@@ -144,16 +143,14 @@ def coco_captions(config: CocoCaptions) -> CaptionedFiles:
 
 def _warn_of_uncaptioned(without: int, pictures: int, *, where: str) -> None:
     if without and is_main():
-        print(
-            f"warning: {where}: {without:,} of {pictures:,} pictures have no caption and are left out", file=sys.stderr
-        )
+        warn(f"{where}: {without:,} of {pictures:,} pictures have no caption and are left out")
 
 
 def _warn_of_missing(names: Iterable[str], folder: Path, *, where: str) -> None:
     """Warn of a few pictures that are missing, which the loop passes over; refuse more."""
     missing = require_files(names, folder, where=where, allowed=BAD_IMAGES_ALLOWED)
     if missing and is_main():
-        print(f"warning: {missing}", file=sys.stderr)
+        warn(missing)
 
 
 class CaptionedShardSet:

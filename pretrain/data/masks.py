@@ -27,10 +27,17 @@ FAR = 1.0
 
 
 class Rle(TypedDict):
-    """COCO's compressed run lengths."""
+    """COCO's compressed run lengths; ``size`` is height, width."""
 
     size: list[int]
     counts: bytes
+
+
+class JsonRle(TypedDict):
+    """The same as JSON holds them."""
+
+    size: list[int]
+    counts: str
 
 
 class Extent(NamedTuple):
@@ -115,6 +122,14 @@ def decode(segmentation: object, size: Size, entry: str) -> NDArray[np.bool_]:
     return np.asarray(mask_tools.decode(to_rle(segmentation, size, entry))).astype(bool)
 
 
+def encode_mask(mask: NDArray[np.bool_]) -> JsonRle:
+    """Run lengths of an (H, W) mask, as JSON holds them."""
+    from pycocotools import mask as mask_tools
+
+    rle = mask_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(v) for v in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
 def area(segmentation: object, size: Size | None, entry: str) -> float:
     """Pixels of a segmentation; see `to_rle` for arguments and errors."""
     from pycocotools import mask as mask_tools
@@ -129,9 +144,12 @@ def _polygons(segmentation: list[object], size: Size | None, entry: str) -> list
     """
     polygons = []
     for polygon in segmentation:
-        if not isinstance(polygon, (list, tuple)) or len(polygon) < 4 or len(polygon) % 2:
-            raise UserError(f"{entry}: segmentation is neither polygons [[x, y, …], …] nor run lengths.")
-        if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in polygon):
+        if (
+            not isinstance(polygon, (list, tuple))
+            or len(polygon) < 4
+            or len(polygon) % 2
+            or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in polygon)
+        ):
             raise UserError(f"{entry}: segmentation is neither polygons [[x, y, …], …] nor run lengths.")
         if not all(map(is_number, polygon)):
             raise UserError(f"{entry}: a polygon has a coordinate that is no finite number.")

@@ -18,11 +18,8 @@ from pathlib import Path
 
 from pretrain.engine.errors import UserError
 
-# lexnames(5WN): number -> file. Things one can draw; the rest (acts, states, times ...) is trained on less often.
-LEXICOGRAPHER = {
-    5: "animal", 6: "artifact", 8: "body", 13: "food", 15: "location", 17: "object", 18: "person",
-    19: "phenomenon", 20: "plant", 21: "possession", 25: "shape", 27: "substance",
-}  # fmt: skip
+# lexnames(5WN): animal, artifact, body, food, object, plant, possession. Things one can draw; the rest (acts, states,
+# times ...) is trained on less often.
 DRAWABLE = frozenset({5, 6, 8, 13, 17, 20, 21})
 
 # Which lexicographer files a noun of each Sticker supercategory may come from, in order of preference.
@@ -64,10 +61,11 @@ class SynonymPair:
     tagged: bool
 
 
+@dataclass(frozen=True, kw_only=True)
 class WordNet:
     """The noun part of WordNet.
 
-    Args:
+    Attributes:
         synsets: every meaning by its offset.
         senses: lower-case lemma -> offsets, most common sense first.
         counts: lower-case lemma -> occurrences of that noun in the sense-tagged texts (0 for most nouns).
@@ -75,20 +73,11 @@ class WordNet:
         exceptions: irregular plural -> singular.
     """
 
-    def __init__(
-        self,
-        *,
-        synsets: Mapping[int, Synset],
-        senses: Mapping[str, tuple[int, ...]],
-        counts: Mapping[str, int],
-        first_sense_counts: Mapping[str, int],
-        exceptions: Mapping[str, str],
-    ) -> None:
-        self.synsets = synsets
-        self.senses = senses
-        self.counts = counts
-        self.first_sense_counts = first_sense_counts
-        self.exceptions = exceptions
+    synsets: Mapping[int, Synset]
+    senses: Mapping[str, tuple[int, ...]]
+    counts: Mapping[str, int]
+    first_sense_counts: Mapping[str, int]
+    exceptions: Mapping[str, str]
 
     @classmethod
     def load(cls, folder: str | Path) -> WordNet:

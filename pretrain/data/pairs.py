@@ -6,8 +6,6 @@ Shapes: N images, S side of a square picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import cv2
@@ -50,10 +48,9 @@ class PairSource(StickerSource):
         size: S.
         seed: pairs of different seeds share nothing.
         length: how many indices there are; each run of len(classes) of them holds every class once.
-        backgrounds: folder or folders of photos to use in place of the shipped ones.
 
     Raises:
-        UserError: a value out of range, or a folder without photos.
+        UserError: a value out of range.
     """
 
     def __init__(
@@ -64,9 +61,8 @@ class PairSource(StickerSource):
         size: int = 64,
         seed: int = 0,
         length: int = 552 * 128,
-        backgrounds: Path | str | Sequence[Path | str] | None = None,
     ) -> None:
-        super().__init__(stickers, split=split, seed=seed, length=length, backgrounds=backgrounds)
+        super().__init__(stickers, split=split, seed=seed, length=length)
         if not 16 <= size <= 1024:
             raise UserError(f"pair size is {size}; it must be 16 to 1024 pixels.")
         self.size = size
@@ -212,7 +208,7 @@ class StickerCrops:
         self.stickers, self.style, self.size, self.views, self.seed = stickers, style, size, views, seed
         self.drawings = [(label, code) for label, codes in sorted(stickers.drawings[style].items()) for code in codes]
         self.photos = photos
-        self.backgrounds = Backgrounds.of(stickers, photos, None)
+        self.backgrounds = Backgrounds(stickers.photos(photos))
 
     def __len__(self) -> int:
         return len(self.drawings) * self.views

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from pretrain.data.folder import U8, read_image, require_files
 from pretrain.data.lexicon import Lexicon, read_lexicon
 from pretrain.data.pairs import PairSource
 from pretrain.data.render import Dice
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, warn
 from pretrain.engine.faults import BAD_IMAGES_ALLOWED
 from pretrain.engine.files import read_json
 from pretrain.engine.identity import files_identity, text_identity
@@ -134,7 +133,7 @@ def read_photo_words(config: PhotoWords) -> LabelledPhotos:
     truths = [read_ground_truth(path, hint="data.annotations must be COCO files") for path in config.annotations]
     for truth in truths:
         for warning in truth.warnings:
-            print(f"warning: {truth.where}: {warning}", file=sys.stderr)
+            warn(f"{truth.where}: {warning}")
     parts, scenes = parts_of(truths)
     named: list[LabelledCrop] = []
     if config.labels is not None:
@@ -156,7 +155,7 @@ def read_photo_words(config: PhotoWords) -> LabelledPhotos:
         raise UserError("data: neither data.annotations nor data.labels leaves anything to learn from")
     names = dict.fromkeys(os.path.relpath(item.file, config.images) for item in items)
     if missing := require_files(names, config.images, where="data", allowed=BAD_IMAGES_ALLOWED):
-        print(f"warning: {missing}", file=sys.stderr)
+        warn(missing)
     spellings: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     keys = [lexicon.meaning(item.word) or item.word for item in items]
     for key, item in zip(keys, items, strict=True):

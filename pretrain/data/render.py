@@ -25,7 +25,6 @@ from pretrain.data.dice import Dice
 
 U8 = NDArray[np.uint8]
 
-SPRITE = 128  # side of a shipped sprite, pixels
 SOLID = 128  # alpha from which a pixel belongs to the object's mask
 MIN_VISIBLE = 0.35  # of a sticker's own pixels; below it the object would be a guess
 MIN_PIXELS = 30  # a sticker with fewer visible pixels is not placed

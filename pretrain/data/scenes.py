@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,10 @@ from numpy.typing import NDArray
 from pretrain.data import render
 from pretrain.data.caption_templates import caption_for
 from pretrain.data.dice import Dice
+from pretrain.data.masks import JsonRle, encode_mask
 from pretrain.data.render import U8, Compositor, Patch, extent
-from pretrain.data.rle import JsonRle, encode_mask
 from pretrain.data.stickers import SCENE, Split, Stickers, StickerSource
 from pretrain.engine.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 Labels = Literal["all", "base"]
 
@@ -63,7 +60,7 @@ class SceneSource(StickerSource):
         size: (H, W), or the side of a square.
         length: how many scenes there are.
         labels: "base" leaves out the labels of novel objects; the pixels stay the same.
-        backgrounds: folder or folders of photos to use in place of the shipped ones.
+        backgrounds: folders of photos to use in place of the shipped ones.
 
     Raises:
         UserError: a value out of range, or a folder without photos.
@@ -78,7 +75,7 @@ class SceneSource(StickerSource):
         size: tuple[int, int] | int = (320, 320),
         length: int = 1000,
         labels: Labels = "all",
-        backgrounds: Path | str | Sequence[Path | str] | None = None,
+        backgrounds: Sequence[Path] | None = None,
     ) -> None:
         super().__init__(stickers, split=split, seed=seed, length=length, backgrounds=backgrounds)
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

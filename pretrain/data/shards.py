@@ -7,7 +7,6 @@ import glob
 import json
 import os
 import re
-import sys
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.data.folder import EXTENSIONS, U8, read_image
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, warn
 from pretrain.engine.files import write_atomically
 from pretrain.engine.identity import files_identity
 
@@ -89,7 +88,7 @@ class ShardSet:
                 odd[what] = (before + count, earliest)
         if odd and os.environ.get("RANK", "0") == "0":
             for what, (count, earliest) in odd.items():
-                print(f"warning: {pattern}: {count:,} {what}, such as {earliest}", file=sys.stderr)
+                warn(f"{pattern}: {count:,} {what}, such as {earliest}")
         if not rows:
             raise UserError(f"{pattern}: no picture ({', '.join(EXTENSIONS)}) in {len(self.paths)} tar files")
         self._keys, self._rows = np.array(keys), np.array(rows, np.int64)

@@ -249,14 +249,11 @@ class _Damaged(UserError):
 
 def with_sum(text: str) -> bytes:
     """A JSON object that ends with the sha256 of its own bytes, the digits of the sum counted as zeros."""
-    body = text.rstrip().removesuffix("}").rstrip().encode()
+    return _summed(text.rstrip().removesuffix("}").rstrip().encode())
+
+
+def _summed(body: bytes) -> bytes:
     return body + _SUM % hashlib.sha256(body + _UNSUMMED).hexdigest().encode()
-
-
-def is_summed(written: bytes) -> bool:
-    """Whether bytes end with their own sum, see `with_sum`."""
-    body = written[: -len(_UNSUMMED)]
-    return written == body + _SUM % hashlib.sha256(body + _UNSUMMED).hexdigest().encode()
 
 
 def verify(folder: Path) -> Checkpoint:
@@ -269,7 +266,9 @@ def verify(folder: Path) -> Checkpoint:
         written = (folder / META).read_bytes()
         meta = json.loads(written.decode("utf-8"))
         checkpoint = Checkpoint(folder, int(meta["step"]), meta)
-        if not is_summed(written) and (meta["format"] != 1 or "sha256" in meta):  # format 1 had none
+        if written != _summed(written[: -len(_UNSUMMED)]) and (
+            meta["format"] != 1 or "sha256" in meta
+        ):  # format 1 had none
             raise _Damaged(f"{folder / META}: is damaged (its sha256 is not the one at its end)")
         if meta["format"] not in (1, FORMAT):  # not damaged: going back to an older one would throw work away
             raise UserError(f"{folder}: has format {meta['format']!r}, this version of the program reads {FORMAT}")

@@ -10,17 +10,10 @@ from typing import TypeVar
 
 from pydantic.fields import FieldInfo
 
-from pretrain.engine.config import (
-    ConfigChoice,
-    Section,
-    config_hash,
-    describe,
-    dump_config,
-    find_config,
-    load_config,
-)
-from pretrain.engine.config_schema import overview, walk
-from pretrain.engine.config_yaml import read_chain, read_overrides
+from pretrain.engine.config import Section, config_hash, dump_config, load_config
+from pretrain.engine.config_choice import ConfigChoice
+from pretrain.engine.config_schema import describe, overview, walk
+from pretrain.engine.config_yaml import find_config, read_chain, read_overrides
 from pretrain.engine.errors import ConfigError, did_you_mean
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -49,7 +42,6 @@ def command_line(
     *,
     prog: str,
     doc: str,
-    default_config: str | None = None,
     flags: Sequence[str] = ("check", "resume", "overwrite"),
 ) -> tuple[SectionT, Options]:
     """Parse a command's arguments into its configuration.
@@ -61,7 +53,6 @@ def command_line(
         argv: arguments after the program name.
         prog: how the command is called, for the help: ``python -m ovd.train``.
         doc: what the command does; first paragraph of the help.
-        default_config: file used without ``--config``; ``None``: the defaults of the model alone.
         flags: which of ``FLAGS`` the command has.
 
     Raises:
@@ -70,20 +61,19 @@ def command_line(
     """
     fields = dict(model.walk() if isinstance(model, ConfigChoice) else walk(model))
     arguments = _Arguments.read(argv, fields=fields, switches=("print-config", *flags))
-    config = default_config if arguments.config is None else arguments.config
     if arguments.wants_help:
-        chosen = _chosen(model, config, arguments.overrides)
+        chosen = _chosen(model, arguments.config, arguments.overrides)
         if arguments.section is not None:
             print(describe(chosen, arguments.section))
         else:
-            print(_help(chosen, prog, doc, default_config, flags, arguments.everything))
+            print(_help(chosen, prog, doc, flags, arguments.everything))
         raise SystemExit(0)
     if {"resume", "overwrite"} <= arguments.switches:
         arguments.problems.append("--resume and --overwrite exclude each other")
     if arguments.problems:
         raise ConfigError(arguments.problems)
-    cfg = load_config(model, config, arguments.overrides)
-    options = Options(**dict.fromkeys(arguments.switches, True), config=config)
+    cfg = load_config(model, arguments.config, arguments.overrides)
+    options = Options(**dict.fromkeys(arguments.switches, True), config=arguments.config)
     if options.print_config:
         print(f"{dump_config(cfg)}# hash of the training keys: {config_hash(cfg)}")
         raise SystemExit(0)
@@ -187,12 +177,9 @@ def _chosen(
         return model.sections[model.default]
 
 
-def _help(
-    model: type[Section], prog: str, doc: str, default_config: str | None, flags: Sequence[str], everything: bool
-) -> str:
-    default = f"; without it: {default_config}" if default_config else ""
+def _help(model: type[Section], prog: str, doc: str, flags: Sequence[str], everything: bool) -> str:
     rows = {
-        "--config FILE": f"configuration; a bare name is looked up under configs/{default}",
+        "--config FILE": "configuration; a bare name is looked up under configs/",
         "key=value": "set one key, for example loop.steps=100; the last one wins; --key value is the same",
         "--print-config": "print the resolved configuration as YAML with its hash, and exit",
         **{f"--{flag}": FLAGS[flag] for flag in flags},

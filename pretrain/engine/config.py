@@ -24,17 +24,15 @@ from pretrain.engine.config_choice import ConfigChoice
 from pretrain.engine.config_explain import explain
 from pretrain.engine.config_schema import (
     FREE,
-    LATER,
     KeyShape,
     default_of,
-    describe,
     field_shape,
     is_free,
     is_later,
     plain_value,
-    undocumented,
     walk,
 )
+from pretrain.engine.config_schema import LATER as LATER  # for the modules that define sections
 from pretrain.engine.config_yaml import (
     Item,
     display_path,
@@ -177,17 +175,14 @@ def load_config(
     model: type[SectionT] | ConfigChoice[SectionT],
     path: str | os.PathLike[str] | None,
     overrides: Iterable[str] = (),
-    *,
-    search: Sequence[str | os.PathLike[str]] = ("configs",),
 ) -> SectionT:
     """Read, merge and validate a configuration.
 
     Args:
         model: the section that describes the whole configuration, or several and the key that chooses.
-        path: YAML file, or a name looked up in ``search``; ``None``: defaults and overrides only.
+        path: YAML file, or a name looked up in ``configs/``; ``None``: defaults and overrides only.
         overrides: ``key.sub=value``; a later one wins. The value is a number, true or false, null, text, or YAML in
             ``[...]``, ``{...}`` or quotes.
-        search: folders below the current directory and below the repository for names that are not paths.
 
     Returns:
         the validated, frozen configuration.
@@ -197,7 +192,7 @@ def load_config(
     """
     texts = list(overrides)
     closing: list[str] = []
-    file = None if path is None else find_config(path, search)
+    file = None if path is None else find_config(path)
     chain, problems = ([], []) if file is None else read_chain(file)
     partial = bool(problems)
     changes, bad_overrides = read_overrides(texts, lambda old, new: _merge(old, new, KeyShape()))
@@ -387,26 +382,3 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def _covered(key: str, ignore: Iterable[str]) -> bool:
     return any(key == entry or key.startswith(f"{entry}.") for entry in ignore)
-
-
-__all__ = [
-    "FREE",
-    "FREE_BY_DEFAULT",
-    "LATER",
-    "ConfigChoice",
-    "LoopConfig",
-    "OptimConfig",
-    "Section",
-    "changed_keys",
-    "check_warmup",
-    "config_hash",
-    "describe",
-    "dump_config",
-    "find_config",
-    "free_keys",
-    "keys_at_default",
-    "load_config",
-    "plain",
-    "training_keys",
-    "undocumented",
-]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -62,7 +62,7 @@ class _Spot:
     item: Item  # what is there, or the nearest enclosing item
     annotation: Any
     info: FieldInfo | None = None  # the field
-    section: type[BaseModel] | None = field(default=None)  # the section around it
+    section: type[BaseModel] | None = None  # the section around it
 
     def enter(self, name: str, annotation: Any, shape: KeyShape) -> bool:
         """Step into a key or element; whether it is there."""

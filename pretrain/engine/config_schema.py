@@ -142,11 +142,6 @@ def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldI
                     yield key, inner
 
 
-def undocumented(model: type[BaseModel]) -> list[str]:
-    """Keys without a description."""
-    return [key for key, info in walk(model) if not (info.description or "").strip()]
-
-
 # --- types in words --------------------------------------------------------------------------------------------------
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", type(None): "null"}
@@ -245,13 +240,13 @@ def describe(model: type[BaseModel], section: str | None = None) -> str:
     )
 
 
-def overview(model: type[BaseModel], *, width: int = 96) -> str:
+def overview(model: type[BaseModel]) -> str:
     """The keys and sections at the top, a line each; what does not fit it is cut."""
     lines = []
     for name, info in model.model_fields.items():
         below = bool(field_shape(info).sections)
         text = ("required: " if info.is_required() and not below else "") + (info.description or "")
-        lines.append(f"  {name + '.…' if below else name:<21} {textwrap.shorten(text, width - 24, placeholder=' …')}")
+        lines.append(f"  {name + '.…' if below else name:<21} {textwrap.shorten(text, 72, placeholder=' …')}")
     return "\n".join(lines)
 
 

@@ -75,6 +75,16 @@ class BadImageError(UserError):
         return BadImageError, (str(self.path), self.reason)
 
 
+def warn(text: object) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its type when it has no text."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def shorten(text: str, limit: int = 80) -> str:
     """``text``, cut to ``limit`` characters: a message quotes what was given, however long that is."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -98,6 +108,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``" - did you mean 'x'?"`` to append to a message, or nothing when no choice is close."""
     close = nearest(word, choices, 1)
     return f" - did you mean '{close[0]}'?" if close else ""
+
+
+def near_names(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean x or y?"`` to append to a message, or nothing when no choice is close."""
+    close = nearest(word, choices)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def absent(path: str | os.PathLike[str], fact: str = "no such file or folder") -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -14,10 +13,10 @@ from typing import Any, TypedDict
 
 import torch
 
-from pretrain.engine.errors import UserError, shorten
+from pretrain.engine.errors import UserError, shorten, warn
 
 MAX_SKIPPED = 3  # consecutive non-finite steps that are skipped; the next one stops the run
-PATIENCE = 300.0  # seconds in one part of a step before a process says where it is
+PATIENCE = 300.0  # seconds in one part of a step before a process says where it is, once for each part
 LOST = (
     "Timed out waiting",
     "Connection closed by peer",
@@ -102,13 +101,11 @@ class Watchdog:
 
     Args:
         rank: this process.
-        patience: seconds in one part of a step after which it says so, once for each part.
         active: False for a single process.
     """
 
-    def __init__(self, rank: int, *, active: bool, patience: float | None = None) -> None:
+    def __init__(self, rank: int, *, active: bool) -> None:
         self.rank, self.active = rank, active
-        self.patience = PATIENCE if patience is None else patience
         self._position = (0, "start", time.monotonic())
         self._stopped = threading.Event()
 
@@ -126,17 +123,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         reported: tuple[int, str, float] | None = None
-        while not self._stopped.wait(self.patience / 4):
+        while not self._stopped.wait(PATIENCE / 4):
             position = self._position
             waited = time.monotonic() - position[2]
-            if waited > self.patience and position is not reported:
+            if waited > PATIENCE and position is not reported:
                 reported = position
-                print(
-                    f"warning: process {self.rank} (pid {os.getpid()}) has been in step {position[0]} ({position[1]}) "
+                warn(
+                    f"process {self.rank} (pid {os.getpid()}) has been in step {position[0]} ({position[1]}) "
                     f"for {waited:.0f} s. It waits for others, or they for it: look at the process that names another "
-                    "step or part, or none",
-                    file=sys.stderr,
-                    flush=True,
+                    "step or part, or none"
                 )
 
 

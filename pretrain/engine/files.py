@@ -267,6 +267,15 @@ def _replace_folder(target: Path, replacement: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def write_json(path: Path, value: object, *, indent: int | None = None) -> None:
+    """Replace a file's content by JSON, see `write_atomically`.
+
+    A file name that is no UTF-8 holds surrogates, which are written as ``\\udcXX``: any reader takes the file, and
+    Python's os.fsencode gives the name back.
+    """
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=indent).encode("utf-8", "backslashreplace"))
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace a file's content so that a reader sees the old or the new content, never a part.
 

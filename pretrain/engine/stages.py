@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.engine.config import Section, find_config, plain
-from pretrain.engine.config_yaml import REPOSITORY, Item, read_chain
+from pretrain.engine.config import Section, plain
+from pretrain.engine.config_yaml import REPOSITORY, Item, find_config, read_chain
 from pretrain.engine.errors import ConfigError, UserError
 
 OUTPUTS = ("out", "cache")  # keys that name what a run writes itself

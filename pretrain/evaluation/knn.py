@@ -6,7 +6,6 @@ Shapes: `N` queries, `M` bank, `D` features, `C` classes.
 
 from __future__ import annotations
 
-import sys
 import time
 
 import numpy as np
@@ -18,7 +17,7 @@ from pretrain.config_views import InputSpec
 from pretrain.data.images import ImageSet
 from pretrain.data.render import U8
 from pretrain.engine import distributed
-from pretrain.engine.errors import BadImageError
+from pretrain.engine.errors import BadImageError, warn
 from pretrain.evaluation.features import centre, features, labels
 
 
@@ -124,7 +123,7 @@ class _CachedViews:
             try:
                 self.cache[key] = centre(self.source.image(index), self.size)
             except BadImageError as error:  # a training does not end for it, and every process must go on alike
-                print(f"warning: probe: a grey picture stands for {error}", file=sys.stderr, flush=True)
+                warn(f"probe: a grey picture stands for {error}")
                 self.cache[key] = np.full((self.size, self.size, 3), 128, np.uint8)
         return self.cache[key]
 

@@ -6,7 +6,6 @@ Shapes: `N` queries, `M` bank, `D` features, `C` classes.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.config_views import InputSpec
 from pretrain.data.images import ImageSet
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, warn
 from pretrain.engine.files import EXPORTED, read_json
 from pretrain.evaluation.features import features, labels
 from pretrain.evaluation.knn import accuracy, knn
@@ -56,7 +55,7 @@ def open_backbone(run: Path | None, folder: Path | None) -> tuple[nn.Module, Bac
     from pretrain.engine.checkpoint import load_model, load_state, newest
     from pretrain.engine.config import load_config
 
-    latest = newest(run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    latest = newest(run / "checkpoints", warn=warn)
     if latest is None:
         raise UserError(f"{run}: no exported backbone and no checkpoint; give the folder of a run (its out=)")
     method = load_config(PretrainConfig, run / "config.yaml").method

@@ -10,7 +10,6 @@ that Detectron2's configs use (its stride stands in the 3x3 convolutions); `pret
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from pretrain.config_ssl import OWN_RESNETS, BackboneConfig
 from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.distributed import is_main
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, first_line, near_names
 from pretrain.engine.files import read_json, write_atomically
 from pretrain.engine.state import load_tensors
 from pretrain.engine.stored import require_types, stored_section
@@ -79,7 +78,9 @@ def _torchvision(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Modu
 
     available = models.list_models(module=models)  # the rest detects, segments or reads videos, and some fetch weights
     if name not in available:
-        raise UserError(f"method.backbone.name: torchvision has no image classifier {name!r}{_near(name, available)}")
+        raise UserError(
+            f"method.backbone.name: torchvision has no image classifier {name!r}{near_names(name, available)}"
+        )
     if name in UNPLAIN:
         raise UserError(f"method.backbone.name: torchvision's {name!r} returns no plain features; take another model")
     fixed: dict[str, int | bool] = {"image_size": sizes[0]} if name.startswith("vit_") else {}
@@ -88,7 +89,7 @@ def _torchvision(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Modu
     try:
         network = models.get_model(name, weights=None, **fixed)
     except (AssertionError, ValueError, RuntimeError) as problem:
-        raise _unfitting(f"torchvision:{name}", sizes[0], _first_line(problem)) from problem
+        raise _unfitting(f"torchvision:{name}", sizes[0], first_line(problem)) from problem
     layers = dict(network.named_children())
     for head in ("fc", "classifier", "heads", "head"):  # torchvision's four names for the classifier
         linears = [m for m in layers[head].modules() if isinstance(m, nn.Linear)] if head in layers else []
@@ -102,25 +103,25 @@ def _timm(name: str, sizes: Sequence[int], *, zero_init: bool) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
-        raise UserError(f"method.backbone.name: timm has no model {name!r}{_near(name, timm.list_models())}")
+        raise UserError(f"method.backbone.name: timm has no model {name!r}{near_names(name, timm.list_models())}")
     options: dict[str, int | bool] = {}
     try:
         published = timm.get_pretrained_cfg(name)
     except RuntimeError as problem:  # a tag behind a dot that timm does not know
-        raise UserError(f"method.backbone.name: timm:{name}: {_first_line(problem)}") from problem
+        raise UserError(f"method.backbone.name: timm:{name}: {first_line(problem).rstrip('.!')}") from problem
     if published is not None and published.fixed_input_size:
         options = {"img_size": sizes[0], **({"dynamic_img_size": True} if len(set(sizes)) > 1 else {})}
     try:
         network = _created(name, zero_init=zero_init, **options)
     except TypeError as problem:
         if len(options) < 2:
-            raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
+            raise _unfitting(f"timm:{name}", sizes[0], first_line(problem)) from problem
         raise UserError(
             f"method.backbone.name: timm's {name!r} takes pictures of one size only; method.views has "
             f"{sorted(set(sizes))}"
         ) from problem
     except (AssertionError, ValueError, RuntimeError) as problem:
-        raise _unfitting(f"timm:{name}", sizes[0], _first_line(problem)) from problem
+        raise _unfitting(f"timm:{name}", sizes[0], first_line(problem)) from problem
     # Some of timm's networks, of no common class, have a layer behind their `num_features`.
     width = getattr(network, "head_hidden_size", None) or network.num_features
     return Pooled(network, cast(int, width))
@@ -148,27 +149,18 @@ def problem_with(backbone: nn.Module, size: int) -> str | None:
     try:
         shape = tuple(backbone.eval()(torch.zeros(1, 3, size, size, device=device)).shape)
     except Exception as problem:  # of any kind: the network is another library's
-        return _first_line(problem)
+        return first_line(problem).rstrip(".!")
     finally:
         backbone.train(training)
     expected = (1, backbone.width if isinstance(backbone, Pooled | ResNet) else shape[-1])
     return None if shape == expected else f"its features have shape {shape}, not {expected}"
 
 
-def _first_line(problem: Exception) -> str:
-    return str(problem).splitlines()[0].rstrip(".!") if str(problem) else type(problem).__name__
-
-
 def _unfitting(name: str, size: int, reason: str) -> UserError:
     return UserError(
-        f"method.backbone.name: {name} cannot take pictures of {size} pixels ({reason}). Give views of another size "
-        "(size, in method.views), or take another backbone"
+        f"method.backbone.name: {name} cannot take pictures of {size} pixels ({reason.rstrip('.!')}). Give views of "
+        "another size (size, in method.views), or take another backbone"
     )
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def save_backbone(

@@ -44,10 +44,14 @@ def encode_in_chunks(encode: Callable[..., Tensor], *inputs: Tensor, chunk: int,
     Returns:
         (N, D).
     """
-
-    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-        return contextlib.nullcontext(), buffers_restored(module)
-
-    split = zip(*(values.split(chunk) for values in inputs), strict=True)
-    pieces = [checkpoint(encode, *piece, use_reentrant=False, context_fn=contexts) for piece in split]
-    return torch.cat(pieces)
+    return torch.cat(
+        [
+            checkpoint(
+                encode,
+                *piece,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), buffers_restored(module)),  # of the two passes
+            )
+            for piece in zip(*(values.split(chunk) for values in inputs), strict=True)
+        ]
+    )

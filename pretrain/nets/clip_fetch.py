@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from torch import Tensor
 
-from pretrain.engine.errors import UserError
+from pretrain.engine.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -83,8 +83,7 @@ def fetch_file(repository: str, names: tuple[str, ...], *, name: str, instead: s
         except RemoteEntryNotFoundError:
             continue
         except Exception as error:  # of the hub, its HTTP library or the network: one line for all of them
-            why = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise UserError(f"{name} could not be fetched from {host} ({why}). {advice}") from error
+            raise UserError(f"{name} could not be fetched from {host} ({first_line(error)}). {advice}") from error
     raise UserError(f"{name}: {repository} at {host} has none of {', '.join(names)}. {advice}")
 
 
@@ -146,8 +145,7 @@ def hub_tokenizer(
         )
         return tokenizer
     except (OSError, ValueError, ImportError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"open_clip:{name}: its tokenizer {source} could not be loaded ({why}). Put tokenizer.json and "
-            "tokenizer_config.json of that repository beside the weights file"
+            f"open_clip:{name}: its tokenizer {source} could not be loaded ({first_line(error)}). Put tokenizer.json "
+            "and tokenizer_config.json of that repository beside the weights file"
         ) from error

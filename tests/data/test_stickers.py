@@ -303,7 +303,7 @@ def test_scenes__index_outside_is_refused(stickers: Stickers) -> None:
         ({"size": (320, 5000)}, "64 to 4096"),
         ({"length": 0}, "at least one"),
         ({"seed": -1}, "negative"),
-        ({"backgrounds": "no-such-folder"}, "no-such-folder is not a folder"),
+        ({"backgrounds": [Path("no-such-folder")]}, "no-such-folder is not a folder"),
     ],
 )
 def test_scenes__invalid_argument_is_explained(stickers: Stickers, change: dict, message: str) -> None:
@@ -314,7 +314,7 @@ def test_scenes__invalid_argument_is_explained(stickers: Stickers, change: dict,
 def test_backgrounds__any_folder_of_photos(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     Image.new("RGB", (90, 70), (0, 255, 0)).save(tmp_path / "deep" / "green.png")  # smaller than the scene
-    scene = source(stickers, split="val", backgrounds=tmp_path).scene(0)
+    scene = source(stickers, split="val", backgrounds=[tmp_path]).scene(0)
     free = ~scene.masks.any(0)
     green = scene.image[free].astype(int)
     assert np.mean(green[:, 1] > green[:, 0] + 60) > 0.5
@@ -323,13 +323,13 @@ def test_backgrounds__any_folder_of_photos(stickers: Stickers, tmp_path: Path) -
 def test_backgrounds__empty_folder_is_refused(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UserError, match="contains no picture"):
-        source(stickers, backgrounds=tmp_path)
+        source(stickers, backgrounds=[tmp_path])
 
 
 def test_backgrounds__unreadable_photo_is_named(stickers: Stickers, tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
     with pytest.raises(UserError, match=r"torn\.jpg"):
-        source(stickers, split="val", backgrounds=tmp_path).scene(0)
+        source(stickers, split="val", backgrounds=[tmp_path]).scene(0)
 
 
 def _hash_in_worker(index: int) -> str:

@@ -17,6 +17,7 @@ import open_clip
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file
 
 from pretrain.engine.errors import UserError
 from pretrain.nets import clip_fetch
@@ -151,7 +152,7 @@ def test_open_clip__file_equals_its_own_model(tmp_path: Path, suffix: str) -> No
     encoder = load_encoder(spec_of(path))
     assert list(encoder.image_mean) == PREPROCESS["mean"] and encoder.image_size == 32
     theirs = open_clip.CLIP(**MODEL)
-    theirs.load_state_dict(torch.load(path, weights_only=True) if suffix != "safetensors" else _tensors(path))
+    theirs.load_state_dict(torch.load(path, weights_only=True) if suffix != "safetensors" else load_file(path))
     theirs.eval()
     words = ["a dog", "a much longer text about a dog, a cat and a lamp", "!"]
     tokens = encoder.tokenize(words)
@@ -160,12 +161,6 @@ def test_open_clip__file_equals_its_own_model(tmp_path: Path, suffix: str) -> No
         for texts in (tokens, tokens[:1], tokens[2:]):  # the padding that is left out differs
             torch.testing.assert_close(encoder.encode_text(texts), theirs.encode_text(texts), rtol=1e-4, atol=1e-5)
         assert encoder.encode_text(tokens[:0]).shape == (0, 16)
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def test_short_texts__towers_that_read_padding_are_unchanged() -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from safetensors.torch import load_file
 
 from ovd import Detector, embed, train
 from ovd.embed import detector_fingerprint
@@ -52,15 +52,9 @@ def test_vild__trained_on_a_public_clip_records_its_encoder(tmp_path: Path) -> N
     assert detector.text.encoder.fingerprint() == card["encoder_fingerprint"]
     assert detector.find(photo(), ["dog", "saxophone"], threshold=0.0).names == ("dog", "saxophone")
     other = save_clip(tmp_path / "clip")
-    tensors = {name: tensor + 1 for name, tensor in _tensors(other).items()}
+    tensors = {name: tensor + 1 for name, tensor in load_file(other).items()}
     from safetensors.torch import save_file
 
     save_file(tensors, other)
     with pytest.raises(UserError, match="trained against another text encoder than 'open_clip:"):
         Detector.load(exported)
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)

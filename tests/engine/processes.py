@@ -50,7 +50,11 @@ def start_ranks(arguments: Sequence[str], *, world: int) -> list[subprocess.Pope
 
 def launch(name: str, folder: Path, *, world: int, module: str = "tests.engine.processes") -> None:
     """Run ``name`` of ``module`` in ``world`` processes and fail with their output if one fails."""
-    started = start_ranks(["-m", module, name, str(folder)], world=world)
+    finish(start_ranks(["-m", module, name, str(folder)], world=world))
+
+
+def finish(started: Sequence[subprocess.Popen[str]]) -> None:
+    """Wait for processes, and fail with their output if one fails."""
     outputs = [process.communicate(timeout=250)[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
 

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from pretrain.engine import distributed
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 from tests.engine.processes import EXACT, REPOSITORY, launch
-from tests.engine.toy import Contrastive, Everything, Mean, Numbers, content, differences, train
+from tests.engine.toy import Contrastive, Everything, Mean, Numbers, content, differences, lines, train
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +32,6 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     launch("gradients", folder, world=4)
     return folder
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("form", ["whole", "local"])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import signal
@@ -20,14 +19,10 @@ from torch import Tensor
 from pretrain.engine.checkpoint import newest
 from pretrain.engine.errors import UserError
 from pretrain.engine.faults import Signals, Stopped, explained, too_many_bad
-from tests.engine.toy import Everything, Mean, Numbers, content, differences, train
+from tests.engine.toy import Everything, Mean, Numbers, content, differences, lines, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOUBLE = Numbers(dtype=torch.float64)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- signals

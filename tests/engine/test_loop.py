@@ -24,13 +24,9 @@ from pretrain.engine.log import RunLog, format_duration, rewind
 from pretrain.engine.loop import Stopped, with_counts
 from pretrain.engine.sampling import Microbatches
 from pretrain.engine.task import Task
-from tests.engine.toy import Everything, Mean, Numbers, content, differences, train
+from tests.engine.toy import Everything, Mean, Numbers, content, differences, lines, train
 
 DOUBLE = Numbers(dtype=torch.float64)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def stop_in_step(task: Everything, step: int, accumulate: int = 1) -> Everything:

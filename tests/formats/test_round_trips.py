@@ -16,8 +16,7 @@ from ovd.convert import main
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import joined, labelled_pictures, mask_outlines
 from ovd.formats.supervised import detection_dataset
-from pretrain.data.masks import decode
-from pretrain.data.rle import encode_mask
+from pretrain.data.masks import decode, encode_mask
 from pretrain.engine.errors import UserError
 from tests.formats.cases import BOXES, EXPECTED, NAMES, coco_content, make_coco, objects, same
 

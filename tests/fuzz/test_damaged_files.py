@@ -31,7 +31,8 @@ from pretrain.config import PretrainConfig
 from pretrain.data.folder import read_image
 from pretrain.engine import checkpoint
 from pretrain.engine.checkpoint import pack
-from pretrain.engine.config import find_config, load_config
+from pretrain.engine.config import load_config
+from pretrain.engine.config_yaml import find_config
 from pretrain.engine.errors import BadImageError, ConfigError, UserError
 from pretrain.nets.checkpoints import read_tensors
 from tests.fuzz.damage import FUZZ, assert_one_line, broken, documents

@@ -8,7 +8,7 @@ import http.client
 import io
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from PIL import Image
 
 from ovd import serve
 from ovd.demo.address import listen
-from ovd.demo.bodies import Limits
 from ovd.demo.hosts import AllowedHosts
 from ovd.demo.serving import Server
 from ovd.label_studio.app import BackendGate, build_app
@@ -75,15 +74,6 @@ def served(gate: BackendGate) -> tuple[Server, Ask]:
         return Answer(reply.status, reply.reason, json.loads(content), dict(reply.headers))
 
     return server, ask
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    server, ask = served(
-        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
-    )
-    yield ask
-    server.close()
 
 
 def request(*photos: str, config: str = CONFIG) -> dict[str, object]:

@@ -7,33 +7,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ovd.demo.bodies import Limits
-from ovd.demo.hosts import AllowedHosts
 from ovd.inference.example_scorers import similar_regions
 from ovd.inference.scoring import RegionSet
-from ovd.label_studio.app import BackendGate, build_app
 from ovd.label_studio.interactive import read_drawn
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import picture
-from tests.label_studio.test_backend import CONFIG, PAIRS, Ask, backend, data_uri, served
+from tests.label_studio.test_backend import CONFIG, PAIRS, Ask, backend, data_uri
 
 RED = [(10, 20, 50, 70), (60, 20, 100, 70), (110, 20, 150, 70)]
 PHOTO = data_uri(picture([*(("red", *box) for box in RED), ("blue", 10, 80, 60, 115)]))  # 160 × 120
-
-
-@pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    server, ask = served(
-        BackendGate(build_app(backend()), names=AllowedHosts.of("127.0.0.1"), limits=Limits(request=200_000))
-    )
-    yield ask
-    server.close()
 
 
 def region(kind: str = "rectanglelabels", control: str = "label", **value: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from pretrain.data.stickers import Stickers
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.config import LoopConfig, OptimConfig
 from pretrain.engine.loop import fit
-from tests.engine.processes import start_ranks
+from tests.engine.processes import finish, start_ranks
 from tests.regions.fakes import TinyEncoder
 
 D = 16
@@ -82,8 +82,7 @@ def test_two_processes__train_the_detector_of_one(tmp_path: Path) -> None:
     )  # fmt: skip
     processes = start_ranks(["-m", "tests.modeling.test_processes", str(tmp_path)], world=2)
     train(tmp_path, tmp_path / "1")
-    outputs = [process.communicate(timeout=250)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    finish(processes)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in "12"
     ]

@@ -19,7 +19,7 @@ from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.config_finetune import FinetuneDataConfig
 from ovd.data.finetune_photos import FinetunePhotos
-from ovd.data.mosaic import MosaicAugment, MosaicSource
+from ovd.data.mosaic import MosaicSource
 from ovd.data.negatives import NegativePhotos
 from ovd.detections import Detections
 from ovd.formats.read import read_labels
@@ -90,12 +90,14 @@ def own_photos(labels: Path, **options: float) -> FinetunePhotos:
     )
 
 
+UNCHANGED: dict[str, Any] = {"scale": (1.0, 1.0), "mosaic": 0.0, "flip": 0.0, "colour": 0.0, "negative_share": 0.0}
+
+
 def canvases(photos: FinetunePhotos, negatives: NegativePhotos | None = None, **augment: Any) -> MosaicSource:
     return MosaicSource(
         photos=photos,
         chosen=range(len(photos)),
-        side=128,
-        augment=MosaicAugment(**augment),
+        augment=FinetuneDataConfig(annotations="", side=128, **(UNCHANGED | augment)),
         seed=0,
         negatives=negatives,
     )
@@ -416,7 +418,7 @@ def test_negatives__appear_in_mosaics_without_labels(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     green = np.full((64, 64, 3), (0, 255, 0), np.uint8)
     cv2.imwrite(str(tmp_path / "other/meadow.png"), green)
-    negatives = NegativePhotos.of_folder(tmp_path / "other", where="data.negatives")
+    negatives = NegativePhotos.of_folder(tmp_path / "other")
     source = canvases(photos, mosaic=1.0, negatives=negatives, negative_share=1.0)
     for draw in range(4):
         sample = source.sample(0, draw)
@@ -432,11 +434,11 @@ def test_negatives__labelled_and_unreadable_photos_are_skipped(tmp_path: Path) -
     labels = write_photos(tmp_path, [["tile"]] * 2)
     photos, folder = own_photos(labels), tmp_path / "images"
     with pytest.raises(UserError, match=r"2 of 2 photos in .* are labelled ones and no negatives; none is left"):
-        NegativePhotos.of_folder(folder, where="data.negatives", labelled=photos.paths())
+        NegativePhotos.of_folder(folder, labelled=photos.paths())
     shutil.copyfile(folder / "0.png", folder / "copy.png")
     (folder / "broken.png").write_bytes(b"no picture")
     cv2.imwrite(str(folder / "meadow.png"), np.full((64, 64, 3), (0, 255, 0), np.uint8))
-    negatives = NegativePhotos.of_folder(folder, where="data.negatives", labelled=photos.paths())
+    negatives = NegativePhotos.of_folder(folder, labelled=photos.paths())
     assert negatives.names == ("meadow.png",)
     assert [re.sub(r" in .*| \(.*", "", notice) for notice in negatives.notices] == [
         "data.negatives: 3 of 5 photos",

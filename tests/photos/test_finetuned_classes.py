@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from ovd import train as ovd_train
+from ovd.config_finetune import FinetuneDataConfig
 from ovd.data.finetune_photos import FinetunePhotos
-from ovd.data.mosaic import MosaicAugment, MosaicSource
+from ovd.data.mosaic import MosaicSource
 from ovd.data.negatives import NegativePhotos
 from ovd.detector import Detector
 from ovd.inference.example_scorers import centred_on_picture
@@ -102,7 +103,7 @@ def test_damaged_photo__is_left_out_before_the_training(tmp_path: Path) -> None:
     photos = read(labels)
     assert photos.image_ids == [0, 1, 2, 4, 5, 6, 7]
     assert any("1 of 8 photos cannot be used (first: " in note and "3.jpg" in note for note in photos.notices)
-    negatives = NegativePhotos.of_folder(labels.parent, where="data.negatives")
+    negatives = NegativePhotos.of_folder(labels.parent)
     assert len(negatives) == 7 and "1 photos cannot be read and are left out (first: " in negatives.notices[0]
 
 
@@ -110,7 +111,8 @@ def test_mosaic__with_a_damaged_photo_is_replaced(tmp_path: Path) -> None:
     labels = write_photos(tmp_path / "photos", [[0]] * 8, ["mug"])
     photos = read(labels)
     cut_off(labels.parent / "3.jpg")  # since then
-    source = MosaicSource(photos=photos, chosen=range(8), side=64, augment=MosaicAugment(mosaic=1.0), seed=0)
+    data = FinetuneDataConfig(annotations="", side=64, mosaic=1.0)
+    source = MosaicSource(photos=photos, chosen=range(8), augment=data, seed=0)
 
     def works(index: int, draw: int) -> bool:
         try:

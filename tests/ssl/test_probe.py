@@ -27,7 +27,7 @@ from pretrain.evaluation.linear import PROTOCOL_OF, PROTOCOLS, Recipe, few_label
 from pretrain.health import Monitored
 from pretrain.methods.build import build_method
 from pretrain.nets.towers import build_encoder
-from tests.ports import free_port
+from tests.engine.processes import finish, start_ranks
 from tests.ssl.small import Views
 
 
@@ -406,21 +406,7 @@ def test_probe__a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 def test_features__every_process_gets_those_of_all(tmp_path: Path) -> None:
     """Two processes, each computing half."""
-    import subprocess
-    import sys
-
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ssl.test_probe", str(tmp_path)],
-            env={"PATH": "/usr/bin:/bin", "RANK": str(n), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for n in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=200)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), outputs
+    finish(start_ranks(["-m", "tests.ssl.test_probe", str(tmp_path)], world=2))
     expected = features(network(), Blobs(13, seed=1), range(13), PLAIN)
     for n in range(2):
         found = torch.load(tmp_path / f"{n}.pt", weights_only=True)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +19,10 @@ from pretrain.methods.byol import BYOL
 from pretrain.methods.moco import MoCo
 from pretrain.methods.swav import SwAV
 from pretrain.nets.standardised import without_batch_norm
+from tests.engine.processes import finish, start_ranks
 from tests.engine.toy import content, differences, train
-from tests.ports import free_port
 from tests.ssl.small import DIM, WIDTH, Views, as_float, backbone, head
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SIZES = {"byol": (8, 8), "swav": (8, 8, 4)}
 OPTIONS: dict[str, Any] = {"batch_size": 16, "name": "sgd", "lr": 0.1, "log_every": 2, "keep": 10}
 
@@ -94,23 +91,9 @@ def body(folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same in one and in two processes."""
     folders = {world: tmp_path_factory.mktemp(f"world{world}") for world in (1, 2)}
-    port = free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ssl.test_two_processes", str(folders[2])],
-            cwd=REPOSITORY,
-            env=os.environ
-            | {"RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in range(2)
-    ]
+    started = start_ranks(["-m", "tests.ssl.test_two_processes", str(folders[2])], world=2)
     body(folders[1])
-    outputs = [process.communicate(timeout=250)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
+    finish(started)
     return folders
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from torchvision.ops import batched_nms, generalized_box_iou, nms, roi_align
+from torchvision.ops import batched_nms, box_convert, generalized_box_iou, nms, roi_align
 
 from ovd.config_detr import DetrConfig
 from ovd.detector import Detector
@@ -20,7 +20,6 @@ from ovd.examples import Crop
 from ovd.inference import detr_regions
 from ovd.inference.scoring import Calibration
 from ovd.modeling.backbone import load_bottom_up
-from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ovd.modeling.classifier import NovelLabelError
 from ovd.modeling.detr.build import build_detr
 from ovd.modeling.detr.checkpoints import init_detr, read_initial_weights, refuse_other_attention
@@ -93,7 +92,7 @@ def test_losses__equal_a_plain_loop_over_layers_and_pictures() -> None:
             object_part = 0.25 * (1 - p) ** 2 * -p.log() - 0.75 * p**2 * -(1 - p).log()
             cost = (
                 5 * torch.cdist(boxes[n], want, p=1)
-                - 2 * generalized_box_iou(box_cxcywh_to_xyxy(boxes[n]), box_cxcywh_to_xyxy(want))
+                - 2 * generalized_box_iou(box_convert(boxes[n], "cxcywh", "xyxy"), box_convert(want, "cxcywh", "xyxy"))
                 + 2 * object_part[:, None]
                 - text.softmax(-1)[:, label]
             )
@@ -104,7 +103,9 @@ def test_losses__equal_a_plain_loop_over_layers_and_pictures() -> None:
             focal = torch.where(hit > 0, 0.25 * (1 - p) ** 2 * -p.log(), 0.75 * p**2 * -(1 - p).log())
             total["loss_object"] += 2 * float(focal.sum()) / number
             total["loss_l1"] += 5 * float((boxes[n][q] - want[t]).abs().sum()) / number
-            giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes[n][q]), box_cxcywh_to_xyxy(want[t])).diagonal()
+            giou = generalized_box_iou(
+                box_convert(boxes[n][q], "cxcywh", "xyxy"), box_convert(want[t], "cxcywh", "xyxy")
+            ).diagonal()
             total["loss_giou"] += 2 * float((1 - giou).sum()) / number
             total["loss_text"] += float(F.cross_entropy(text[q], label[t], reduction="sum")) / number
     got = model.criterion(out, targets, model, num_targets=4)
@@ -399,7 +400,9 @@ def test_region_model__boxes_are_in_original_pixels(tmp_path: Path) -> None:
     )[0]
     found = model.predict(model.memory([{"image": small}]))
     best = int(found.logits[0].argmax())
-    expected = (box_cxcywh_to_xyxy(found.boxes[0, best]).clamp(0, 1) * torch.tensor([192, 128, 192, 128])).tolist()
+    expected = (
+        box_convert(found.boxes[0, best], "cxcywh", "xyxy").clamp(0, 1) * torch.tensor([192, 128, 192, 128])
+    ).tolist()
     assert regions.boxes[0].tolist() == pytest.approx(expected, abs=1e-2)
     boxes, scores = loaded.propose(image, top=3)
     assert boxes.shape == (3, 4) and scores[0] == pytest.approx(float(regions.objectness[0]))
@@ -442,7 +445,9 @@ def test_region_model__conditioned_regions_are_classified_by_embedding(tmp_path:
     np.testing.assert_allclose(conditioned.objectness, scores[kept], rtol=1e-4)
     expected = rows[owner[kept]]
     if tower:
-        shares = box_xyxy_to_cxcywh(torch.from_numpy(conditioned.boxes) / torch.tensor([192.0, 128, 192, 128]))
+        shares = box_convert(
+            torch.from_numpy(conditioned.boxes) / torch.tensor([192.0, 128, 192, 128]), "xyxy", "cxcywh"
+        )
         memory = loaded.memory(image)
         expected = F.normalize(loaded.detr.region_embeddings(memory, torch.zeros_like(kept), shares), dim=1)
     np.testing.assert_allclose(conditioned.text, expected.detach(), atol=1e-5, rtol=1e-4)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from torchvision.ops import generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou
 
-from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou, box_xyxy_to_cxcywh
+from ovd.modeling.boxes import box_iou_and_giou
 from ovd.modeling.detr.attention_mask import query_groups
 from ovd.modeling.detr.matcher import box_cost, class_cost, hungarian_match, object_cost
 
@@ -21,9 +21,9 @@ def boxes(*shape: int) -> torch.Tensor:
 
 def test_box_iou_and_giou__are_those_of_torchvision() -> None:
     torch.manual_seed(0)
-    a, b = box_cxcywh_to_xyxy(boxes(7)), box_cxcywh_to_xyxy(boxes(5))
+    a, b = box_convert(boxes(7), "cxcywh", "xyxy"), box_convert(boxes(5), "cxcywh", "xyxy")
     torch.testing.assert_close(box_iou_and_giou(a[:, None], b[None])[1], generalized_box_iou(a, b))
-    torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(a)), a)
+    torch.testing.assert_close(box_convert(box_convert(a, "xyxy", "cxcywh"), "cxcywh", "xyxy"), a)
 
 
 def test_box_iou_and_giou__of_empty_boxes_are_finite_and_have_finite_gradients() -> None:
@@ -39,7 +39,7 @@ def test_box_cost__is_the_weighted_sum_of_l1_and_giou() -> None:
     out, want = boxes(2, 3, 4), boxes(3, 5)
     cost = box_cost(out, want, l1=5.0, giou=2.0)
     expected = 5 * (out[1, 2, 3] - want[2, 4]).abs().sum() - 2 * generalized_box_iou(
-        box_cxcywh_to_xyxy(out[1, 2, 3])[None], box_cxcywh_to_xyxy(want[2, 4])[None]
+        box_convert(out[1, 2, 3], "cxcywh", "xyxy")[None], box_convert(want[2, 4], "cxcywh", "xyxy")[None]
     )
     torch.testing.assert_close(cost[1, 2, 3, 4], expected[0, 0])
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_convert
 
 from ovd.config_detr import PatchConfig
 from ovd.data.mapper import TrainingTransform
 from ovd.data.patches import PatchSource
-from ovd.modeling.boxes import box_xyxy_to_cxcywh
 from ovd.modeling.detr.build import init_projections
 from ovd.modeling.detr.matcher import box_cost, hungarian_match, object_cost
 from ovd.modeling.detr.structures import DecoderOutput
@@ -333,7 +333,7 @@ def test_measure__a_perfect_answer_scores_one_and_a_constant_box_what_it_overlap
     monkeypatch.setattr(pretext, "predict", answer(lambda predicted, true, group: middle.expand_as(predicted)))
     true = torch.stack([x["boxes"] for x in batch]) / 64
     assert pretext.measure([batch])["patch_miou"] == pytest.approx(
-        _mean_iou(box_xyxy_to_cxcywh(true), middle), rel=1e-4
+        _mean_iou(box_convert(true, "xyxy", "cxcywh"), middle), rel=1e-4
     )
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from ovd.config_detr import DetrConfig
-from ovd.modeling.backbone import to_detectron2
 from ovd.modeling.detr.network import Detr
 from ovd.modeling.export import exported_tensors, read_card
 from pretrain.engine.errors import UserError
 from pretrain.engine.files import EXPORTED
 from pretrain.engine.state import LoadReport, load_tensors
-from pretrain.nets.checkpoints import read_tensors
+from pretrain.nets.checkpoints import read_tensors, to_detectron2
 
 OFFICIAL_BACKBONE = "backbone.0.body."  # of released DETR and UP-DETR checkpoints
 DROPPED = ("class_embed.", "classifier.")  # fine-tuning initialises these, as UP-DETR's paper does

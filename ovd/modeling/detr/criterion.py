@@ -16,9 +16,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import box_convert
 
 from ovd.config_detr import DetrLossConfig
-from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
+from ovd.modeling.boxes import box_iou_and_giou
 from ovd.modeling.classifier import EmbeddingClassifier, cosine_logits
 from ovd.modeling.detr.matcher import QueryAssignment, box_cost, class_cost, hungarian_match, object_cost
 from ovd.modeling.detr.structures import DecoderOutput, Targets
@@ -170,7 +171,7 @@ class SetCriterion:
             )
         boxes, true_boxes = predictions.boxes[query].float(), targets.boxes[target]
         losses["loss_l1"] = w.l1 * (boxes - true_boxes).abs().sum() / num_targets
-        _, giou = box_iou_and_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(true_boxes))
+        _, giou = box_iou_and_giou(box_convert(boxes, "cxcywh", "xyxy"), box_convert(true_boxes, "cxcywh", "xyxy"))
         losses["loss_giou"] = w.giou * (1 - giou).sum() / num_targets
         if classifier is not None:
             text = classifier(predictions.feature_align(predictions.states[query]))

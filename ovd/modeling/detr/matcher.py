@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou
+from ovd.modeling.boxes import box_iou_and_giou
 
 NOT_FINITE = 1e6  # replaces such a cost: the assignment succeeds, and the loss shows the fault
 
@@ -35,7 +36,7 @@ class QueryAssignment(NamedTuple):
 def box_cost(boxes_LNQ4: Tensor, targets_NT4: Tensor, *, l1: float, giou: float) -> Tensor:
     """(L, N, Q, T): ``l1 · ‖a − b‖₁ − giou · GIoU(a, b)`` of cxcywh boxes."""
     a, b = boxes_LNQ4[..., :, None, :].float(), targets_NT4[:, None].float()
-    _, generalised_iou = box_iou_and_giou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
+    _, generalised_iou = box_iou_and_giou(box_convert(a, "cxcywh", "xyxy"), box_convert(b, "cxcywh", "xyxy"))
     return l1 * (a - b).abs().sum(-1) - giou * generalised_iou
 
 

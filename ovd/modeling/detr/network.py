@@ -26,10 +26,9 @@ import torch
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
+from torchvision.ops import box_convert, roi_align
 
 from ovd.config_detr import DetrConfig
-from ovd.modeling.boxes import box_cxcywh_to_xyxy
 from ovd.modeling.classifier import EmbeddingClassifier
 from ovd.modeling.detr.attention_mask import denoising_attention_mask, group_attention_mask, query_groups
 from ovd.modeling.detr.conditioning import ConditionEncoder, sample_conditions
@@ -275,7 +274,7 @@ class Detr(nn.Module):
         """
         assert self.region_tower is not None
         size = boxes.new_tensor([[w, h, w, h] for h, w in memory.sizes])
-        corners = box_cxcywh_to_xyxy(boxes.detach().float()).clamp(0, 1) * size[image]
+        corners = box_convert(boxes.detach().float(), "cxcywh", "xyxy").clamp(0, 1) * size[image]
         rois = torch.cat([image[:, None].to(corners), corners], dim=1)
         stride = next(feature.stride for feature in self.features if feature.name == REGION_MAP)
         pooled = roi_align(
@@ -360,7 +359,7 @@ class Detr(nn.Module):
             height, width = int(picture.get("height", size_hw[0])), int(picture.get("width", size_hw[1]))
             instances = Instances((height, width))
             size = outputs.boxes.new_tensor([width, height, width, height])
-            boxes = Boxes(box_cxcywh_to_xyxy(outputs.boxes[n]) * size)
+            boxes = Boxes(box_convert(outputs.boxes[n], "cxcywh", "xyxy") * size)
             boxes.clip((height, width))
             score = outputs.logits[n].sigmoid()
             label = torch.zeros(len(score), dtype=torch.int64, device=score.device)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ovd.modeling.boxes import box_xyxy_to_cxcywh
+from torchvision.ops import box_convert
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances
@@ -126,7 +125,8 @@ class Targets(NamedTuple):
         for n, labelled in enumerate(instances):
             height, width = labelled.image_size
             corners = labelled.gt_boxes.tensor.to(device).float()
-            boxes[n, : counts[n]] = box_xyxy_to_cxcywh(corners / corners.new_tensor([width, height, width, height]))
+            corners = corners / corners.new_tensor([width, height, width, height])
+            boxes[n, : counts[n]] = box_convert(corners, "xyxy", "cxcywh")
             labels[n, : counts[n]] = labelled.gt_classes.to(device)
         return cls(boxes, labels, counts)
 

@@ -44,12 +44,15 @@ class MLP(nn.Module):
         return cast(nn.Linear, self.layers[-1])
 
 
-class _Residual(nn.Module):
-    """x + part(norm(x)), or norm(x + part(x)) after the fact."""
+class _Layer(nn.Module):
+    """The self-attention and feed-forward parts of all layers: x + part(norm(x)), or norm(x + part(x))."""
 
-    def __init__(self, *, dropout: float, pre_norm: bool) -> None:
+    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
         super().__init__()
         self.pre_norm, self.drop = pre_norm, nn.Dropout(dropout)
+        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
     def before(self, x: Tensor, norm: nn.Module) -> Tensor:
         return norm(x) if self.pre_norm else x
@@ -58,52 +61,33 @@ class _Residual(nn.Module):
         x = x + self.drop(change)
         return x if self.pre_norm else norm(x)
 
-
-class EncoderLayer(_Residual):
-    """Self-attention among tokens, then a feed-forward layer."""
-
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
-        super().__init__(dropout=dropout, pre_norm=pre_norm)
-        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
-        self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, *, pos_embed: Tensor, padding: Tensor | None) -> Tensor:
-        y = self.before(x, self.norm1)
-        q = y + pos_embed
-        y = self.self_attn(q, q, y, key_padding_mask=padding, need_weights=False)[0]
-        x = self.after(x, y, self.norm1)
-        y = self.linear2(self.drop(F.relu(self.linear1(self.before(x, self.norm2)))))
-        return self.after(x, y, self.norm2)
-
-
-class _DecoderLayer(_Residual):
-    """The self-attention and feed-forward parts that both kinds of decoder layer share."""
-
-    def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
-        super().__init__(dropout=dropout, pre_norm=pre_norm)
-        self.self_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
-        self.linear1, self.linear2 = nn.Linear(width, ffn), nn.Linear(ffn, width)
-        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
-
-    def among_queries(self, x: Tensor, *, query_pos: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, x: Tensor, pos_embed: Tensor, *, mask: Tensor | None = None, padding: Tensor | None = None
+    ) -> Tensor:
         """Self-attention; position embeddings are added to q and k."""
         y = self.before(x, self.norm1)
-        q = y + query_pos
-        y = self.self_attn(q, q, y, attn_mask=mask, need_weights=False)[0]
+        q = y + pos_embed
+        y = self.self_attn(q, q, y, attn_mask=mask, key_padding_mask=padding, need_weights=False)[0]
         return self.after(x, y, self.norm1)
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Each query for itself."""
-        y = self.linear2(self.drop(F.relu(self.linear1(self.before(x, self.norm3)))))
-        return self.after(x, y, self.norm3)
+    def feed_forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Each token or query for itself."""
+        return self.after(x, self.linear2(self.drop(F.relu(self.linear1(self.before(x, norm))))), norm)
 
 
-class PlainDecoderLayer(_DecoderLayer):
+class EncoderLayer(_Layer):
+    """Self-attention among tokens, then a feed-forward layer."""
+
+    def forward(self, x: Tensor, *, pos_embed: Tensor, padding: Tensor | None) -> Tensor:
+        return self.feed_forward(self.attend(x, pos_embed, padding=padding), self.norm2)
+
+
+class PlainDecoderLayer(_Layer):
     """DETR's: self-attention, cross-attention, feed-forward; position embeddings are added to q and k."""
 
     def __init__(self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool) -> None:
         super().__init__(width=width, heads=heads, ffn=ffn, dropout=dropout, pre_norm=pre_norm)
+        self.norm3 = nn.LayerNorm(width)
         self.multihead_attn = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
 
     def forward(
@@ -116,13 +100,13 @@ class PlainDecoderLayer(_DecoderLayer):
         mask: Tensor | None,
         padding: Tensor | None,
     ) -> Tensor:
-        x = self.among_queries(x, query_pos=query_pos, mask=mask)
+        x = self.attend(x, query_pos, mask=mask)
         q = self.before(x, self.norm2) + query_pos
         y = self.multihead_attn(q, memory + pos_embed, memory, key_padding_mask=padding, need_weights=False)[0]
-        return self.feed_forward(self.after(x, y, self.norm2))
+        return self.feed_forward(self.after(x, y, self.norm2), self.norm3)
 
 
-class ConditionalDecoderLayer(_DecoderLayer):
+class ConditionalDecoderLayer(_Layer):
     """Conditional DETR's: the cross-attention's weight is a content term plus a position term, per head.
 
     Projections of queries and keys start equal (an orthogonal matrix each for content and position), so that a query
@@ -135,6 +119,7 @@ class ConditionalDecoderLayer(_DecoderLayer):
         self, *, width: int, heads: int, ffn: int, dropout: float, pre_norm: bool, position_gain: float
     ) -> None:
         super().__init__(width=width, heads=heads, ffn=ffn, dropout=dropout, pre_norm=pre_norm)
+        self.norm3 = nn.LayerNorm(width)
         self.heads, self.dropout = heads, dropout
         # "place" is position in the names that checkpoints have
         self.query_content, self.query_place = nn.Linear(width, width), nn.Linear(width, width)
@@ -159,7 +144,7 @@ class ConditionalDecoderLayer(_DecoderLayer):
         mask: Tensor | None,
         padding: Tensor | None,
     ) -> Tensor:
-        x = self.among_queries(x, query_pos=query_pos, mask=mask)
+        x = self.attend(x, query_pos, mask=mask)
         q = self.before(x, self.norm2)
 
         def per_head(*parts: Tensor) -> Tensor:
@@ -175,14 +160,14 @@ class ConditionalDecoderLayer(_DecoderLayer):
             attn_mask=allowed,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.feed_forward(self.after(x, self.out(y.transpose(1, 2).flatten(2)), self.norm2))
+        return self.feed_forward(self.after(x, self.out(y.transpose(1, 2).flatten(2)), self.norm2), self.norm3)
 
 
 def zero_init_residual_branches(layers: Iterable[nn.Module]) -> None:
     """Let self-attention and feed-forward layers add nothing before training, so that tokens and queries keep their
     content (the zero gain of residual branches, Goyal et al., arXiv 1706.02677 §5.1)."""
     for layer in layers:
-        assert isinstance(layer, EncoderLayer | _DecoderLayer)
+        assert isinstance(layer, _Layer)
         for last in (layer.self_attn.out_proj, layer.linear2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.ops import box_convert
 
-from ovd.modeling.boxes import box_cxcywh_to_xyxy, box_iou_and_giou, box_xyxy_to_cxcywh
+from ovd.modeling.boxes import box_iou_and_giou
 from ovd.modeling.detr.attention_mask import group_attention_mask
 from ovd.modeling.detr.criterion import targets_per_process
 from ovd.modeling.detr.network import Detr
@@ -103,7 +104,7 @@ class PatchPretext(DetrTask):
         size = torch.tensor([[w, h, w, h] for h, w in memory.sizes], device=model.device, dtype=boxes.dtype)
         number = torch.arange(patches, device=model.device).expand(len(batch), -1)
         targets = Targets(
-            boxes=box_xyxy_to_cxcywh(boxes / size[:, None]),
+            boxes=box_convert(boxes / size[:, None], "xyxy", "cxcywh"),
             labels=torch.zeros_like(number),
             counts=[patches] * len(batch),
             groups=number if self.grouped else None,
@@ -193,7 +194,8 @@ class PatchPretext(DetrTask):
         outputs, targets, group = self.predict(batch)
         best = self.best_queries(outputs, group, targets.boxes.shape[1])
         boxes = outputs.boxes[-1].gather(1, best[..., None].expand(-1, -1, 4))
-        return box_iou_and_giou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(targets.boxes))[0].flatten()
+        corners = [box_convert(each, "cxcywh", "xyxy") for each in (boxes, targets.boxes)]
+        return box_iou_and_giou(*corners)[0].flatten()
 
     def best_queries(self, outputs: DecoderOutput, group: Tensor, patches: int) -> Tensor:
         """(N, M) the most certain query of each patch's group, in the last layer."""

@@ -208,18 +208,6 @@ class Backgrounds:
         self.paths = tuple(paths)
         self._levels: dict[int, tuple[U8, ...]] = {}
 
-    @classmethod
-    def of(cls, stickers: Stickers, split: Split, folders: Path | str | Sequence[Path | str] | None) -> Backgrounds:
-        """The shipped photos of `split`, or all photos of the given folders instead.
-
-        Raises:
-            UserError: no image in a folder.
-        """
-        if folders is None:
-            return cls(stickers.photos(split))
-        listed = [folders] if isinstance(folders, (str, Path)) else list(folders)
-        return cls([path for folder in listed for path in list_images(folder)])
-
     def __getstate__(self) -> dict[str, object]:
         return {"paths": self.paths, "_levels": {}}
 
@@ -263,7 +251,7 @@ class StickerSource:
         split: Split,
         seed: int,
         length: int,
-        backgrounds: Path | str | Sequence[Path | str] | None,
+        backgrounds: Sequence[Path] | None = None,
     ) -> None:
         if split not in SPLIT_KEY:
             raise UserError(f"split is {split!r}; choose train or val.")
@@ -272,7 +260,8 @@ class StickerSource:
         if seed < 0:
             raise UserError(f"seed is {seed}; it must not be negative.")
         self.stickers, self.split, self.seed, self.length = stickers, split, seed, length
-        self.backgrounds = Backgrounds.of(stickers, split, backgrounds)
+        photos = [path for folder in backgrounds or () for path in list_images(folder)]
+        self.backgrounds = Backgrounds(stickers.photos(split) if backgrounds is None else photos)
         self.classes = stickers.drawable(split)
         self._orders: dict[tuple[int, int], list[int]] = {}
         self._shapes: dict[int, Sprite] = {}
