@@ -119,6 +119,12 @@ AFTER_HEADS = frozenset(
 )  # fmt: skip
 """What comes after the noun that a phrase is about: *man* of "man wearing a hat"."""
 
+AMOUNTS = frozenset(
+    ("bunch", "couple", "flock", "group", "herd", "heap", "image", "kind", "lot", "number", "pair", "photo",
+     "photograph", "piece", "pile", "row", "set", "slice", "sort", "stack", "type")
+)  # fmt: skip
+"""Nouns whose phrase is about what follows *of*: *skis* of "a pair of skis"."""
+
 IRREGULAR = {
     "people": "person", "men": "man", "women": "woman", "children": "child", "mice": "mouse", "geese": "goose",
     "teeth": "tooth", "feet": "foot", "knives": "knife", "shelves": "shelf", "leaves": "leaf", "loaves": "loaf",

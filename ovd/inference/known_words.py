@@ -14,7 +14,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.everyday import AFTER_HEADS, COLLECTIVE, GROUPS, INDISTINCT, IRREGULAR, KINDS, OTHER_THINGS, SYNONYMS
+from ovd.inference.everyday import (
+    AFTER_HEADS,
+    AMOUNTS,
+    COLLECTIVE,
+    GROUPS,
+    INDISTINCT,
+    IRREGULAR,
+    KINDS,
+    OTHER_THINGS,
+    SYNONYMS,
+)
 from pretrain.data.lexicon import Lexicon
 
 _MARKS = ' .,;:!?…。！？()[]{}<>«»"“”'
@@ -96,7 +106,9 @@ class WordList:
 
     def head_of(self, phrase: str) -> str | None:
         """The head noun of a phrase: *car* of "red car", *man* of "a man with a hat"; None if there is none."""
-        words = folded(phrase).split()
+        amount, _, noun = folded(phrase).partition(" of ")
+        is_amount = noun and not AMOUNTS.isdisjoint(singulars(amount.split()[-1]))  # "a pair of skis"
+        words = (noun if is_amount else folded(phrase)).split()
         end = next((i for i, word in enumerate(words) if i and word in AFTER_HEADS), len(words))
         heads = [" ".join(words[start:end]) for start in range(end)]
         understood = [head for head in heads if head != folded(phrase) and self.understands(head)]

@@ -57,7 +57,7 @@ class Tab:
     def wait_for_answer(self) -> None:
         """Until another answer than the marked one is shown, its picture is loaded and its boxes lie on it."""
         self.page.locator(FOUND).wait_for()
-        self.page.locator(".wordbox-summary s").wait_for(state="detached")
+        self.page.locator(".wordbox-summary s").first.wait_for(state="detached")
         self.page.wait_for_function("""() => {
             const picture = document.querySelector(".wordbox-searched-picture");
             const { width } = document.querySelector(".wordbox-boxes").style;

@@ -395,6 +395,9 @@ def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: 
         ("dog with a ball", "dog"),
         ("the red car", "car"),
         ("plate of food", "plate"),
+        ("a large group of people", "people"),
+        ("pairs of black skis on a wall", "skis"),
+        ("of", None),
         ("logo on a shirt", None),  # about no shirt
     ],
 )
