@@ -141,15 +141,15 @@ def explained(error: RuntimeError, *, step: int, device: torch.device, rank: int
     first = text.splitlines()[0] if text else type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(f"out of memory on {device}: raise loop.accumulate or lower loop.batch_size ({first})")
-    if any(sign in text for sign in LOST):
-        return UserError(
-            f"process {rank} lost the others after step {step} ({shorten(first, 200)}). One of them ended or "
-            "hangs: its log says why; continue with --resume"
-        )
     if "DataLoader" in text and ("worker" in text or "timed out" in text) and not text.startswith("Caught"):
         return UserError(
             f"a data loading process died or hung after step {step} ({first}). The usual causes are memory and "
             "/dev/shm (in a container: --shm-size); lower loop.workers "
             "(0 loads in this process) and continue with --resume"
+        )
+    if any(sign in text for sign in LOST):
+        return UserError(
+            f"process {rank} lost the others after step {step} ({shorten(first, 200)}). One of them ended or "
+            "hangs: its log says why; continue with --resume"
         )
     return error

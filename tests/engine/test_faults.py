@@ -252,7 +252,9 @@ def test_loader__killed_process_is_explained(tmp_path: Path) -> None:
         train(Everything(), tmp_path / "run", source, workers=1)
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "socket")])
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), FileNotFoundError(2, "socket")]
+)
 def test_loader__death_during_transfer_is_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
