@@ -16,6 +16,7 @@ from ovd.data.pooled import BoxBatch, OfflineBatch, RegionBatch
 from ovd.modeling.distillation import l1_distillation
 from ovd.modeling.fvlm.network import FvlmDetector
 from ovd.modeling.fvlm.quality import LocalizationQuality, geometry
+from pretrain.engine.distributed import shares
 
 OVERLAPS = 0.2
 """IoU with a label from which on a box has a localisation quality; with .1 and .3 unseen objects are ranked worse."""
@@ -71,9 +72,11 @@ class WordCriterion(nn.Module):
     def _quality_loss(quality: LocalizationQuality, features_NF: Tensor, of: BoxBatch) -> Tensor:
         """Of boxes that overlap a label; others are no background (OLN, section 3.1)."""
         overlaps = of.quality >= OVERLAPS
+        count = overlaps.sum()
+        (share,) = shares([float(count)])
         logits_N = quality(features_NF, geometry(of.boxes, of.sizes))
         each_N = F.binary_cross_entropy_with_logits(logits_N, of.quality, reduction="none")
-        return (each_N * overlaps).sum() / overlaps.sum().clamp(min=1)
+        return share * (each_N * overlaps).sum() / count.clamp(min=1)
 
     def _distillation(self, offline: OfflineBatch) -> Tensor:
         """ViLD-image of the image head, or of the head that learns words (ViLD) where there is none."""
