@@ -25,7 +25,7 @@ def clip_contrastive(
     *,
     labels_N: Tensor | None = None,
     names_CD: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Symmetric InfoNCE over the global batch (CLIP, arXiv:2103.00020, figure 3).
 
     Each process compares its own N rows with all M columns. Under gradient averaging over processes that is exactly the
@@ -39,10 +39,19 @@ def clip_contrastive(
             targets). None: only a picture's own caption is right, as in the paper.
         names_CD: embeddings of all C class names, the same on every process; needs ``labels_N``, which index them. They
             stand beside the captions when a picture chooses among texts: C further negatives, one more positive.
-
-    Returns:
-        the loss, and the share of this process's pictures whose most similar text is right (no gradient).
     """
+    return clip_contrastive_top1(image, text, logit_scale, labels_N=labels_N, names_CD=names_CD)[0]
+
+
+def clip_contrastive_top1(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    labels_N: Tensor | None = None,
+    names_CD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`clip_contrastive`, and the share of this process's pictures whose most similar text is right (no gradient)."""
     with _without_autocast(image):
         image, text = _normalized(image), _normalized(text)
         all_image, all_text = gather_with_grad(image), gather_with_grad(text)

@@ -22,7 +22,7 @@ from pretrain.clip_augment import apply_augmentation, draw_parameters
 from pretrain.config import AugmentConfig
 from pretrain.data.pairs import PairBatch
 from pretrain.engine.task import Task
-from pretrain.losses import clip_contrastive
+from pretrain.losses import clip_contrastive_top1
 from pretrain.nets.chunked import encode_in_chunks
 from pretrain.nets.towers import JointEncoder, ProjectedText, image_features
 
@@ -104,7 +104,7 @@ class Clip(Task):
         if self.names is not None:
             names = self._encode(self.encoder.encode_text, self.encoder.tokenize(self.names).to(device))
         self._last = {"image": image.detach(), "text": text.detach()}
-        loss, right = clip_contrastive(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
+        loss, right = clip_contrastive_top1(image, text, self.encoder.logit_scale, labels_N=labels, names_CD=names)
         return loss, {"batch_top1": right, "logit_scale": self.encoder.logit_scale.detach().exp()}
 
     def _encode(self, encode: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pretrain.losses import clip_contrastive, embedding_distillation
+from pretrain.losses import clip_contrastive, clip_contrastive_top1, embedding_distillation
 
 
 def reference(image: np.ndarray, text: np.ndarray, scale: float, labels: np.ndarray | None) -> float:
@@ -34,7 +34,7 @@ def test_contrastive__class_names_are_extra_texts_for_pictures() -> None:
     generator = np.random.default_rng(4)
     image, text, names = (generator.normal(size=(n, 5)) for n in (4, 4, 3))
     labels = np.array([0, 2, 0, 1])
-    got, right = clip_contrastive(
+    got, right = clip_contrastive_top1(
         torch.tensor(image),
         torch.tensor(text),
         torch.tensor(1.5),
@@ -59,7 +59,7 @@ def test_contrastive__class_names_are_extra_texts_for_pictures() -> None:
 def test_contrastive__equals_its_definition(labels: list[int] | None, scale: float) -> None:
     generator = np.random.default_rng(3)
     image, text = generator.normal(size=(6, 5)), 7 * generator.normal(size=(6, 5))
-    got, _ = clip_contrastive(
+    got = clip_contrastive(
         torch.tensor(image, dtype=torch.float32),
         torch.tensor(text, dtype=torch.float32),
         torch.tensor(scale),
@@ -74,13 +74,13 @@ def test_contrastive__accuracy_counts_captions_of_the_same_noun() -> None:
     image = torch.eye(3)
     text = torch.eye(3)[[1, 0, 2]]  # pictures 0 and 1 find each other's captions
     scale = torch.tensor(1.0)
-    assert clip_contrastive(image, text, scale)[1].item() == pytest.approx(1 / 3)
-    assert clip_contrastive(image, text, scale, labels_N=torch.tensor([5, 5, 6]))[1].item() == 1.0
+    assert clip_contrastive_top1(image, text, scale)[1].item() == pytest.approx(1 / 3)
+    assert clip_contrastive_top1(image, text, scale, labels_N=torch.tensor([5, 5, 6]))[1].item() == 1.0
 
 
 def test_contrastive__is_finite_at_the_largest_scale_in_fp16() -> None:
     image = torch.nn.functional.normalize(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), dim=1).half()
-    loss, _ = clip_contrastive(image, -image, torch.tensor(math.log(100)))
+    loss = clip_contrastive(image, -image, torch.tensor(math.log(100)))
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss)
 
@@ -92,7 +92,7 @@ def _process(rank: int, folder: str, labels: bool) -> None:
     data = torch.load(f"{folder}/data.pt", weights_only=True)
     part = slice(4 * rank, 4 * rank + 4)
     weight, scale = data["weight"].requires_grad_(), data["scale"].requires_grad_()
-    loss, right = clip_contrastive(
+    loss, right = clip_contrastive_top1(
         data["image"][part] @ weight,
         data["text"][part] @ weight.flip(0),
         scale,
@@ -121,7 +121,7 @@ def test_contrastive__two_processes_equal_one(tmp_path: Path, labels: bool) -> N
     mp.start_processes(_process, args=(str(tmp_path), labels), nprocs=2, start_method="spawn")
     got = torch.load(tmp_path / "got.pt", weights_only=True)
     weight, scale = data["weight"].requires_grad_(), data["scale"].requires_grad_()
-    loss, right = clip_contrastive(
+    loss, right = clip_contrastive_top1(
         data["image"] @ weight, data["text"] @ weight.flip(0), scale, labels_N=data["labels"] if labels else None
     )
     loss.backward()

@@ -58,8 +58,8 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "swav": lambda a, b, p: swav(a, b, p, queue=False),
     "swav_queue": lambda a, b, p: swav(a, b, p, queue=True),
     "barlow": lambda a, b, p: barlow_twins(a, b, lambd=0.0051),
-    "clip": lambda a, b, p: clip_contrastive(a, b, p.mean() + 2)[0],
-    "clip_labels": lambda a, b, p: clip_contrastive(a, b, p.mean() + 2, labels_N=mine(LABELS), names_CD=p[:4])[0],
+    "clip": lambda a, b, p: clip_contrastive(a, b, p.mean() + 2),
+    "clip_labels": lambda a, b, p: clip_contrastive(a, b, p.mean() + 2, labels_N=mine(LABELS), names_CD=p[:4]),
 }
 
 
