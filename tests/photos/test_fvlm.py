@@ -397,6 +397,19 @@ def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: 
         ("plate of food", "plate"),
         ("a large group of people", "people"),
         ("pairs of black skis on a wall", "skis"),
+        ("a man with a pair of skis", "man"),
+        ("woman holding a slice of pizza", "woman"),
+        ("a photo of a group of people", "people"),
+        ("picture of a dog", "dog"),
+        ("a family of elephants", "elephants"),
+        ("family of four", "family"),
+        ("a sleeping cat", "cat"),
+        ("orange cat sleeping on a sofa", "cat"),
+        ("black riding boots", "boots"),
+        ("home made bread", "bread"),
+        ("a glass full of water", "glass"),
+        ("a full glass", "glass"),
+        ("next to a dog", "dog"),
         ("of", None),
         ("logo on a shirt", None),  # about no shirt
     ],
@@ -428,10 +441,12 @@ def test_notices__say_that_a_crowd_is_boxed_person_by_person(trained: Path) -> N
     assert isinstance(detector.model, FvlmRegionModel)
     detector.model.proposal_words = WordList(words=("person",), lexicon=LEXICON)
     embedding = np.eye(1, detector.model.background_words.shape[1], dtype=np.float32)
-    for phrase in ("crowd", "crowds", "crowd of people"):
+    for phrase in ("crowd", "crowds", "a large crowd"):
         said = f"{phrase!r} is searched as 'person': one box for each"
         assert detector.model.notices([[phrase]], embedding) == (said,)
     assert detector.model.notices([["people"]], embedding) == ()
+    said = "'crowd of people' is searched as 'people': the other words are ignored"
+    assert detector.model.notices([["crowd of people"]], embedding) == (said,)
 
 
 def test_detector__copy_is_equal_and_any_picture_shape_works(trained: Path) -> None:
