@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.data.photo_words import Photo, PhotoLabels, WordTable, nouns_of, region_targets
-from ovd.data.pooled import RegionBatch
+from ovd.data.pooled import PooledSource, RegionBatch
 from ovd.evaluation.photo_calibration import photos_of
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
@@ -363,6 +364,16 @@ def test_calibrate__needs_photos(trained: Path) -> None:
         calibrate.main(weights)
     with pytest.raises(UserError, match="boxes.json: 1 photo with boxes; at least 40 are needed"):
         calibrate.main([*weights, "--data", f"coco:{trained / 'images'}:{trained / 'boxes.json'}"])
+
+
+def test_pooled_source__row_of_another_photo_has_its_labels() -> None:
+    """A cache replaces a photo that cannot be read by the next one."""
+    photos = cast(PhotoLabels, SimpleNamespace(photos=[photo([0], [0.9]), photo([1], [0.9])], table=TABLE))
+    row = {"features": np.zeros((4, 6), np.float16), "known": np.zeros((4, 0), np.float16), "boxes": BOXES}
+    rows = [{**row, "size": np.array([100, 100], np.float32), "regions": np.array(4), "photo": np.array(1)}] * 2
+    target = PooledSource(photos=photos, row=rows.__getitem__).sample(0, 0).target
+    np.testing.assert_array_equal(target.numpy(), region_targets(photo([1], [0.9]), BOXES, TABLE).target)
+    assert target[:, 1].any() and not target[:, 0].any()
 
 
 def test_nouns_of__reads_a_list_or_lists_by_reason(tmp_path: Path) -> None:
