@@ -159,12 +159,21 @@ def main(argv: list[str]) -> int:
 
 def calibrate_on_photos(args: argparse.Namespace) -> int:
     """Fit on one half of the photos, measure on the other, then fit on all of them."""
-    from ovd.evaluation.photo_calibration import fit, measure, photos_of, prepare, require_boxes
+    from ovd.evaluation.photo_calibration import (
+        MIN_PHOTOS,
+        fit,
+        measure,
+        named_of_other_words,
+        photos_of,
+        prepare,
+        require_boxes,
+    )
     from ovd.evaluation.prompt_free import (
         prompt_free_figures,
         with_fitted_prompt_free,
         with_prompt_free_threshold,
     )
+    from ovd.inference.fvlm_regions import WordScorer
 
     if not args.data:
         raise UserError(f"--weights {args.weights}: a detector of photographs is calibrated on photos: give --data")
@@ -181,6 +190,11 @@ def calibrate_on_photos(args: argparse.Namespace) -> int:
     figures, curve = measure(second, fitted)
     figures |= prompt_free_figures(detector, fitted, second.scenes, names)
     fitted, crops_fitted = fit(typed)
+    if isinstance(typed.scorer, WordScorer) and not named_of_other_words(typed):
+        warn(
+            f"--labels: fewer than {MIN_PHOTOS} photos of one thing that the proposal network has no word for; the "
+            "calibration of such words is unchanged"
+        )
     if not crops_fitted:
         warn("too few photos show the same words to fit the scores of crops; their calibration is unchanged")
     fitted = with_fitted_prompt_free(detector, fitted, typed.scenes, names)

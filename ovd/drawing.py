@@ -79,7 +79,7 @@ def longer_side(box: NDArray[np.float32]) -> float:
 def place_label(
     box: Rectangle, label: tuple[int, int], *, taken: Sequence[Rectangle], size: tuple[int, int]
 ) -> Rectangle:
-    """Where the label of a box goes: above or below it, else inside, where no other label is if there is such a place.
+    """Where the label of a box goes: above or below it, or inside, where it covers the least of other labels.
 
     Args:
         box: its corners.
@@ -95,8 +95,12 @@ def place_label(
         *((left, bottom), (left, bottom - h), (right, bottom), (right, bottom - h)),
     )
     places = [(x, y, x + w, y + h) for x, y in spots if 0 <= y <= height - h]
-    free = [a for a in places if not any(a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3] for b in taken)]
-    return next(iter(free or places), (left, top, left + w, top + h))
+    return min(places, key=lambda a: sum(shared_area(a, b) for b in taken), default=(left, top, left + w, top + h))
+
+
+def shared_area(a: Rectangle, b: Rectangle) -> int:
+    """Of two rectangles, in pixels."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def text_coverage(text: str, size: int) -> NDArray[np.uint8]:

@@ -309,7 +309,7 @@ def main(argv: list[str]) -> int:
                 helper.wait()
     count = sum(map(bool, failed))
     if count:
-        print(f"warning: {count} of {len(helpers)} helper processes failed; the store is whole all the same")
+        warn(f"{count} of {len(helpers)} helper processes failed; the store is whole all the same")
     return 0
 
 

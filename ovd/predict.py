@@ -259,8 +259,7 @@ def _predict_pictures(
         outcome = f"cannot be used: {record['reason']}" if "reason" in record else record["summary"]
         print(on_one_line(f"[{index + 1}/{len(pictures)}] {name}: {outcome}"), flush=True)
     if several:
-        text = f"{len(several)} pictures have several frames or pages; the first was searched (first: {several[0]})"
-        print(on_one_line(f"warning: {text}"), file=sys.stderr)
+        warn(f"{len(several)} pictures have several frames or pages; the first was searched (first: {several[0]})")
     return failed
 
 

@@ -10,7 +10,6 @@ that patch in the last decoder layer, mean over heads (bright), and the box it a
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from ovd.training.detr import build
 from ovd.training.updetr import patch_source
 from pretrain.engine.checkpoint import load_model, load_state, newest, verify
 from pretrain.engine.config import load_config
-from pretrain.engine.errors import UserError, run_cli
+from pretrain.engine.errors import UserError, run_cli, warn
 
 PATCH, ANSWER = "#FFFFFF", "#FF9F1C"
 GAP, COLOURS = 4, 256
@@ -139,7 +138,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
     config = load_config(DetrTrainConfig, args.run / "config.yaml", ["cache=null", "pretext.held_out_count=0"])
-    last = newest(args.run / "checkpoints", warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+    last = newest(args.run / "checkpoints", warn=warn)
     if config.pretext is None or config.model.arch != "conditional" or last is None:
         raise UserError(f"{args.run}: not a run of the pretext with arch conditional and a checkpoint")
     parts = build(config)

@@ -42,7 +42,8 @@ class NegativePhotos:
         doubtful: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
         notices: Sequence[str] = (),
     ) -> None:
-        self.folder, self.names, self.doubtful, self.notices = folder, tuple(names), doubtful, tuple(notices)
+        self.folder, self.names, self.notices = folder, tuple(names), tuple(notices)
+        self.doubtful = dict(doubtful)  # a proxy cannot be sent to a data loading process
 
     @classmethod
     def of_folder(cls, folder: Path, *, labelled: Sequence[Path] = ()) -> NegativePhotos:

@@ -130,7 +130,7 @@ class PooledSource:
     Args:
         photos: with labels.
         row: of a photo, by its index: `features` (P, F), `known` (P, K), `boxes` (P, 4), `size` (2,): its height and
-            width, and how many `regions` it has.
+            width, how many `regions` it has, and which `photo` it is of: another one, where this cannot be read.
         offline: what is distilled; None: nothing is.
         with_boxes: give boxes too, for localisation quality.
     """
@@ -156,16 +156,16 @@ class PooledSource:
     def sample(self, index: int, draw: int) -> RegionBatch:
         """Regions of photo ``index``; every draw gives the same."""
         row = self.row(index)
-        count = int(row["regions"])
+        count, number = int(row["regions"]), int(row["photo"])
         boxes = row["boxes"][:count]
-        photo = self.photos.photos[index]
+        photo = self.photos.photos[number]
         targets = region_targets(photo, boxes, self.photos.table)
         return RegionBatch(
             features=torch.from_numpy(row["features"][:count]),
             word_scores=torch.from_numpy(row["known"][:count]),
             target=torch.from_numpy(targets.target),
             mask=torch.from_numpy(targets.mask),
-            offline=None if self.offline is None else self.offline.sample(photo.image_id, index),
+            offline=None if self.offline is None else self.offline.sample(photo.image_id, number),
             boxes=None if not self.with_boxes else self._boxes(photo, boxes, row["size"]),
         )
 

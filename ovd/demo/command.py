@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 
 from ovd.demo.address import is_loopback, listen
 from ovd.demo.gradio_environment import prepare_environment
@@ -16,6 +15,7 @@ from ovd.demo.logs import configure
 from ovd.demo.memory import freeze_loaded, limit_heaps
 from ovd.demo.serving import StopSignals
 from ovd.query_flags import add_detector_flags, load_detector
+from pretrain.engine.errors import warn
 from pretrain.engine.flags import CommandParser, integer
 from pretrain.engine.loading import without_garbage_collection
 
@@ -52,15 +52,9 @@ def main(argv: list[str]) -> int:
     options = parser().parse_args(argv)
     configure()
     if options.share:
-        print(
-            "warning: --share sends pictures and words through Gradio's servers; whoever has the link can use the page",
-            file=sys.stderr,
-        )
+        warn("--share sends pictures and words through Gradio's servers; whoever has the link can use the page")
     if not is_loopback(options.host):
-        print(
-            f"warning: --host {options.host} lets all who can reach this machine use the page; there is no password",
-            file=sys.stderr,
-        )
+        warn(f"--host {options.host} lets all who can reach this machine use the page; there is no password")
     if options.encoder:
         from ovd.with_encoder import fetch_elsewhere
 

@@ -127,6 +127,7 @@ def prepare(detector: Detector, photos: PhotoLabels, *, seed: int = 0) -> TypedP
 def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     """Slope and offset of the proposal network's words, of other words, then the default threshold.
 
+    Those of other words stay as they are where `named_of_other_words` finds too few photos.
     The threshold is that of the best F1, or a higher one from which an absent word is quiet in 95 % of the photos.
 
     Returns:
@@ -143,8 +144,9 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     ranking = data.scorer.calibration.uncalibrated()
     fitted, outcome = fit_sigmoid(data.scenes, replace(data.scorer, calibration=ranking))
     require_both(outcome)
-    named_photos = unknown_to(data.scorer, data.named) if isinstance(data.scorer, WordScorer) else []
-    if len(named_photos) >= MIN_PHOTOS:
+    before = data.scorer.calibration
+    fitted = replace(fitted, open_slope=before.open_slope, open_offset=before.open_offset)
+    if named_photos := named_of_other_words(data):
         named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=OPEN_EPS)
         slope, offset = named.best(FITTED * len(named_photos)).sigmoid(eps=OPEN_EPS)
         fitted = replace(fitted, open_slope=slope, open_offset=offset)
@@ -156,6 +158,12 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     fitted = with_threshold(data, replace(data.scorer, calibration=fitted))
     crops = fit_examples(data)
     return (fitted, False) if crops is None else (fitted.with_examples(crops), True)
+
+
+def named_of_other_words(data: TypedPhotos) -> list[NamedPhoto]:
+    """The photos that scores of words beyond the proposal network's are fitted to; none where there are too few."""
+    photos = unknown_to(data.scorer, data.named) if isinstance(data.scorer, WordScorer) else []
+    return photos if len(photos) >= MIN_PHOTOS else []
 
 
 def unknown_to(scorer: WordScorer, named: Sequence[NamedPhoto]) -> list[NamedPhoto]:

@@ -112,16 +112,22 @@ OTHER_THINGS = frozenset(
 )  # fmt: skip
 """WordNet lists them as names of one of the words (*wheel* of bicycle, *plug* of fire hydrant); users mean others."""
 
-AFTER_HEADS = frozenset(
-    ("at", "behind", "beside", "by", "carrying", "eating", "for", "from", "full", "holding", "in", "inside",
-     "lying", "made", "near", "next", "of", "on", "over", "playing", "riding", "running", "sitting", "sleeping",
-     "standing", "that", "under", "walking", "wearing", "which", "who", "with", "without")
+ACTIVITIES = frozenset(("carrying", "eating", "holding", "playing", "riding", "walking", "wearing"))
+"""What comes after the noun that a phrase is about (*man* of "man wearing a hat") or before it ("riding boot")."""
+
+AFTER_HEADS = ACTIVITIES | frozenset(
+    ("at", "behind", "beside", "by", "for", "from", "in", "inside", "near", "next", "of", "on", "over", "that", "under",
+     "which", "who", "with", "without")
 )  # fmt: skip
-"""What comes after the noun that a phrase is about: *man* of "man wearing a hat"."""
+"""What comes after the noun that a phrase is about: *dog* of "dog with a ball"."""
+
+STATES = frozenset(("full", "lying", "made", "running", "sitting", "sleeping", "standing"))
+"""What may stand between that noun and these: *sitting* of "people sitting on a bench"."""
 
 AMOUNTS = frozenset(
-    ("bunch", "couple", "flock", "group", "herd", "heap", "image", "kind", "lot", "number", "pair", "photo",
-     "photograph", "piece", "pile", "row", "set", "slice", "sort", "stack", "type")
+    (*COLLECTIVE, "bunch", "close-up", "couple", "flock", "group", "herd", "heap", "image", "kind", "lot", "number",
+     "pack", "pair", "photo", "photograph", "picture", "piece", "pile", "row", "school", "set", "slice", "sort",
+     "stack", "swarm", "type")
 )  # fmt: skip
 """Nouns whose phrase is about what follows *of*: *skis* of "a pair of skis"."""
 

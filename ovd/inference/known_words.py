@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.everyday import (
+    ACTIVITIES,
     AFTER_HEADS,
     AMOUNTS,
     COLLECTIVE,
@@ -23,6 +24,7 @@ from ovd.inference.everyday import (
     IRREGULAR,
     KINDS,
     OTHER_THINGS,
+    STATES,
     SYNONYMS,
 )
 from pretrain.data.lexicon import Lexicon
@@ -106,13 +108,25 @@ class WordList:
 
     def head_of(self, phrase: str) -> str | None:
         """The head noun of a phrase: *car* of "red car", *man* of "a man with a hat"; None if there is none."""
-        amount, _, noun = folded(phrase).partition(" of ")
-        is_amount = noun and not AMOUNTS.isdisjoint(singulars(amount.split()[-1]))  # "a pair of skis"
-        words = (noun if is_amount else folded(phrase)).split()
-        end = next((i for i, word in enumerate(words) if i and word in AFTER_HEADS), len(words))
-        heads = [" ".join(words[start:end]) for start in range(end)]
-        understood = [head for head in heads if head != folded(phrase) and self.understands(head)]
-        return next((head for head in understood if head.split()[0] not in ARTICLES), next(iter(understood), None))
+        return self._head(folded(phrase).split(), phrase=folded(phrase))
+
+    def _head(self, words: list[str], *, phrase: str) -> str | None:
+        """The head noun of some words of a phrase, and not the phrase itself."""
+        for end in range(1, len(words) + 1):
+            after = words[end] if end < len(words) else None
+            if after is not None and after not in AFTER_HEADS:
+                continue
+            is_amount = after == "of" and not AMOUNTS.isdisjoint(singulars(words[end - 1]))
+            if is_amount and (head := self._head(words[end + 1 :], phrase=phrase)) is not None:  # "a pair of skis"
+                return head
+            noun = words[:end]
+            while noun and noun[-1] in STATES:
+                noun = noun[:-1]
+            heads = (" ".join(noun[start:]) for start in range(len(noun)))
+            understood = [head for head in heads if head != phrase and self.understands(head)]
+            if understood or after not in ACTIVITIES:
+                return min(understood, key=lambda head: head.split()[0] in ARTICLES, default=None)
+        return None
 
     def _understood_part(self, phrase: str) -> str:
         """The phrase, or its head noun if the phrase itself has no meaning."""

@@ -10,7 +10,6 @@ answer, keep single precision; so do the region head, ConSE's network, the text 
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from ovd.runtime.files import PROPOSALS, TOWER, RuntimeCard, branch_graph
 from ovd.runtime.halve import halve
 from ovd.runtime.regions import pixels_for_tower
 from pretrain.data.folder import list_images, read_image
-from pretrain.engine.errors import BadImageError, UserError
+from pretrain.engine.errors import BadImageError, UserError, warn
 
 if TYPE_CHECKING:
     import onnx
@@ -124,7 +123,7 @@ def read_photos(folder: Path) -> list[NDArray[np.uint8]]:
     if not photos:
         raise UserError(f"{folder}: none of its photos can be read (first: {unread[0]})")
     if unread:
-        print(f"warning: {folder}: {len(unread)} photos left out (first: {unread[0]})", file=sys.stderr)
+        warn(f"{folder}: {len(unread)} photos left out (first: {unread[0]})")
     return photos
 
 

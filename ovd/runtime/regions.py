@@ -28,6 +28,7 @@ from ovd.runtime.cells import CellGraph, padded
 from ovd.runtime.encoder import OnnxEncoder
 from ovd.runtime.files import (
     BACKGROUND,
+    CARD,
     CONSE,
     PROPOSALS,
     QUALITY,
@@ -182,9 +183,15 @@ def load_onnx(
         top: regions kept per picture.
 
     Raises:
-        UserError: missing or damaged files.
+        UserError: missing or damaged files, or an export without a part that the calibration is for.
     """
     card = read_runtime_card(folder)
+    parts = {"open_conse": card.conse_side, "open_quality": card.quality}
+    if lacking := [key for key, there in parts.items() if detector.calibration.get(key) and not there]:
+        raise UserError(
+            f"{folder / CARD}: the export lacks what calibration.{lacking[0]} of its model.json is for; export the "
+            "weights again with this version"
+        )
     try:
         background = np.load(export_file(folder, BACKGROUND)).astype(np.float32)
     except (OSError, ValueError) as problem:

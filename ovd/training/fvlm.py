@@ -156,15 +156,17 @@ def photo_features(
         photos: one row each.
         key: digests of the networks.
     """
+    import numpy as np
+
     regions = config.data.regions
 
     def compute(index: int) -> dict[str, NDArray[Any]]:
-        return _region_features(model, photos.image(index), count=regions, seed=index)
+        return {"photo": np.array(index), **_region_features(model, photos.image(index), count=regions, seed=index)}
 
     more = {
         "model": config.model.model_dump(mode="json", include={"side", "known"}),
         "regions": regions,
-        "of a picture": ["size"],  # what rows of earlier versions lack
+        "of a picture": ["photo", "size"],  # what rows of earlier versions lack
     }
     return _from_cache(config, photos, compute, key={**key, **more})
 

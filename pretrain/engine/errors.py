@@ -76,8 +76,8 @@ class BadImageError(UserError):
 
 
 def warn(text: object) -> None:
-    """Print a warning on standard error."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    """Print a warning on standard error, on one line."""
+    print(on_one_line(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
 def first_line(error: BaseException) -> str:

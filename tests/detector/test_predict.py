@@ -288,6 +288,8 @@ def test_drawing__labels_lie_beside_each_other_and_in_the_picture() -> None:
         assert not any(x1 < b[2] and b[0] < x2 and y1 < b[3] and b[1] < y2 for b in taken)
         taken.append(place)
     assert taken[0][:2] == (100, 80) and taken[3][:2] == (0, 0)
+    taken = [(100, 0, 220, 20), (100, 40, 220, 60)]  # no place is free; below the box it covers 3 rows of the second
+    assert place_label((100, 0, 219, 23), label, taken=taken, size=size)[:2] == (100, 23)
     assert place_label((5, 5, 8, 8), (40, 30), taken=[], size=(10, 10))[:2] == (0, 5)  # a picture smaller than a label
 
 

@@ -104,6 +104,11 @@ def test_arguments__keys_can_be_flags() -> None:
     assert parse("--config", "c.yaml", "--eval-only=false")[0].eval_only is False
 
 
+def test_warn__is_one_line_whatever_a_file_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    errors.warn(Path("photos/a\nerror: b\x1b.jpg"))
+    assert capsys.readouterr().err == "warning: photos/a\\nerror: b\\x1b.jpg\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ovd.data.photo_words import Photo
-from ovd.evaluation.photo_calibration import TypedPhotos, fit_examples
+from ovd.evaluation.photo_calibration import TypedPhotos, fit, fit_examples
 from ovd.evaluation.photo_examples import WordCrops, boxes_to_cut, with_crops
 from ovd.evaluation.typed import TypedScene
 from ovd.inference.arrays import sigmoid, unit_rows
@@ -139,3 +139,17 @@ def test_fit_examples__changes_scores_of_crops_only() -> None:
     nothing_right = replace(data, examples=[replace(one, boxes=one.boxes + 50) for one in data.examples])
     few = replace(data, examples=data.examples[:5])
     assert [fit_examples(other) for other in (nothing_absent, nothing_right, few)] == [None] * 3
+
+
+def test_fit__scores_of_other_words_stay_where_no_photo_of_one_is_named() -> None:
+    rng = np.random.default_rng(2)
+    scenes = []
+    for index in range(60):
+        known = rng.uniform(0, 0.6, (4, 2)).astype(np.float32)
+        known[0, 0] = rng.uniform(0.4, 0.9)
+        one = scene(index, rng)
+        scenes.append(replace(one, regions=replace(one.regions, word_scores=known, bias=np.zeros(4, np.float32))))
+    scorer = word_scorer([[True, False], [False, True], [False, False], [False, False]])
+    before = replace(scorer.calibration, open_slope=2.0, open_offset=3.0)
+    fitted, _ = fit(TypedPhotos(scenes=scenes, named=[], scorer=replace(scorer, calibration=before)))
+    assert fitted.slope != before.slope and (fitted.open_slope, fitted.open_offset) == (2.0, 3.0)

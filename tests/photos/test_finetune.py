@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,7 @@ def test_negatives__appear_in_mosaics_without_labels(tmp_path: Path) -> None:
         image = sample["image"].permute(1, 2, 0).numpy()
         assert (image[4, 68] == green[0, 0]).all() and (image[68, 4] == green[0, 0]).all()
         assert sample["classes"].tolist() == [0] and bool((sample["boxes"] <= 64).all())  # of the first place
+    assert ForkingPickler.dumps(source)  # so a data loading process may get it
     never = canvases(photos, mosaic=1.0, negatives=negatives, negative_share=0.0)
     assert not (never.sample(0, 0)["image"].permute(1, 2, 0).numpy() == green[0, 0]).all(axis=2).any()
     assert source.identity() != canvases(photos).identity()

@@ -8,6 +8,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
 from ovd.data.photo_words import Photo, PhotoLabels, WordTable, nouns_of, region_targets
-from ovd.data.pooled import RegionBatch
+from ovd.data.pooled import PooledSource, RegionBatch
 from ovd.evaluation.photo_calibration import photos_of
 from ovd.formats.read import read_labels
 from ovd.formats.shapes import labelled_pictures
@@ -365,6 +366,16 @@ def test_calibrate__needs_photos(trained: Path) -> None:
         calibrate.main([*weights, "--data", f"coco:{trained / 'images'}:{trained / 'boxes.json'}"])
 
 
+def test_pooled_source__row_of_another_photo_has_its_labels() -> None:
+    """A cache replaces a photo that cannot be read by the next one."""
+    photos = cast(PhotoLabels, SimpleNamespace(photos=[photo([0], [0.9]), photo([1], [0.9])], table=TABLE))
+    row = {"features": np.zeros((4, 6), np.float16), "known": np.zeros((4, 0), np.float16), "boxes": BOXES}
+    rows = [{**row, "size": np.array([100, 100], np.float32), "regions": np.array(4), "photo": np.array(1)}] * 2
+    target = PooledSource(photos=photos, row=rows.__getitem__).sample(0, 0).target
+    np.testing.assert_array_equal(target.numpy(), region_targets(photo([1], [0.9]), BOXES, TABLE).target)
+    assert target[:, 1].any() and not target[:, 0].any()
+
+
 def test_nouns_of__reads_a_list_or_lists_by_reason(tmp_path: Path) -> None:
     for content in (["kitchen"], {"place": ["kitchen"], "part": []}):
         (tmp_path / "a.json").write_text(json.dumps(content))
@@ -397,6 +408,19 @@ def test_notices__phrase_is_searched_by_noun_and_unknown_word_is_named(trained: 
         ("plate of food", "plate"),
         ("a large group of people", "people"),
         ("pairs of black skis on a wall", "skis"),
+        ("a man with a pair of skis", "man"),
+        ("woman holding a slice of pizza", "woman"),
+        ("a photo of a group of people", "people"),
+        ("picture of a dog", "dog"),
+        ("a family of elephants", "elephants"),
+        ("family of four", "family"),
+        ("a sleeping cat", "cat"),
+        ("orange cat sleeping on a sofa", "cat"),
+        ("black riding boots", "boots"),
+        ("home made bread", "bread"),
+        ("a glass full of water", "glass"),
+        ("a full glass", "glass"),
+        ("next to a dog", "dog"),
         ("of", None),
         ("logo on a shirt", None),  # about no shirt
     ],
@@ -428,10 +452,12 @@ def test_notices__say_that_a_crowd_is_boxed_person_by_person(trained: Path) -> N
     assert isinstance(detector.model, FvlmRegionModel)
     detector.model.proposal_words = WordList(words=("person",), lexicon=LEXICON)
     embedding = np.eye(1, detector.model.background_words.shape[1], dtype=np.float32)
-    for phrase in ("crowd", "crowds", "crowd of people"):
+    for phrase in ("crowd", "crowds", "a large crowd"):
         said = f"{phrase!r} is searched as 'person': one box for each"
         assert detector.model.notices([[phrase]], embedding) == (said,)
     assert detector.model.notices([["people"]], embedding) == ()
+    said = "'crowd of people' is searched as 'people': the other words are ignored"
+    assert detector.model.notices([["crowd of people"]], embedding) == (said,)
 
 
 def test_detector__copy_is_equal_and_any_picture_shape_works(trained: Path) -> None:

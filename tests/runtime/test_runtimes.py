@@ -290,6 +290,19 @@ def test_export__of_other_weights_is_not_run(exported: Path, tmp_path: Path) -> 
         Detector.load(folder, runtime="onnx")
 
 
+@pytest.mark.parametrize(("part", "value"), [("quality", False), ("conse_side", 0)])
+def test_export__lacks_what_the_calibration_is_for(exported: Path, tmp_path: Path, part: str, value: object) -> None:
+    """An export of an earlier version, whose model.json was replaced."""
+    folder = shutil.copytree(exported, tmp_path / "earlier")
+    record = json.loads((folder / CARD).read_text()) | {part: value}
+    (folder / CARD).write_text(json.dumps(record))
+    key = f"open_{part.removesuffix('_side')}"
+    with pytest.raises(
+        UserError, match=rf"lacks what calibration\.{key} of its model\.json is for; export the weights"
+    ):
+        Detector.load(folder, runtime="onnx")
+
+
 def test_export__a_damaged_graph_is_named(exported: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(exported, tmp_path / "damaged")
     (folder / "tower.onnx").write_bytes(b"no graph")
