@@ -26,9 +26,12 @@ from ovd.training.inputs import require_exists
 from pretrain.engine.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ovd.data.finetune_photos import FinetunePhotos
     from ovd.data.mosaic import MosaicSource
     from ovd.evaluation.finetuned import BranchScores
+    from ovd.modeling.export import DetectorCard, FinetunedCard
     from ovd.modeling.proposals.classes import ClassBranch
 
 TRUNK = ("csp.", "neck.")
@@ -207,8 +210,8 @@ def _detector_folder(config: FinetuneConfig) -> Path:
     """The folder of the detector of photographs that ``weights`` names.
 
     Raises:
-        UserError: it is another detector, an export, or lies in the run's own folder: its files are copied after the
-            training.
+        UserError: it is another detector, an export, lacks a file, or lies in the run's own folder: its files are
+            copied after the training.
     """
     from ovd.modeling.export import read_card
     from ovd.weights import detector_folder
@@ -220,7 +223,8 @@ def _detector_folder(config: FinetuneConfig) -> Path:
             f"weights={weights}: lies in out={out}, which this training writes; give it another folder, as in "
             f"out={out}_more"
         )
-    if read_card(folder).arch != "fvlm":
+    card = read_card(folder)
+    if card.arch != "fvlm":
         raise UserError(
             f"weights={weights}: classes are added to a detector of photographs (vild-photo, or what was made from "
             "it); others are fine-tuned with their own configuration, such as vild.yaml or detr.yaml"
@@ -230,7 +234,21 @@ def _detector_folder(config: FinetuneConfig) -> Path:
             f"weights={weights}: {folder} is an export to ONNX, as an installed package has it, and cannot be trained; "
             "give the weights that it was made of: weights=CHECKOUT/weights/vild-photo, or a run's exported/ folder"
         )
+    for file in _files_of(card, card.finetuned):
+        if not (folder / file).is_file():
+            raise UserError(f"weights={weights}: {folder / file}: no such file; copy the folder again")
     return folder
+
+
+def _files_of(card: DetectorCard, branches: Sequence[FinetunedCard]) -> list[str]:
+    """Files of a detector of photographs that are copied as they are, beside its proposal network."""
+    from ovd.config_fvlm import FvlmConfig
+    from ovd.modeling.fvlm import conse, quality
+
+    config = card.architecture
+    assert isinstance(config, FvlmConfig)
+    parts = [conse.FILE] * (config.conse is not None) + [quality.FILE] * (config.quality is not None)
+    return ["model.safetensors", *parts, *(branch.file for branch in branches)]
 
 
 def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
@@ -239,10 +257,8 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
     An earlier branch is left out when the new one names all that is left of it.
     """
     from ovd.modeling.export import read_card, write_card
-    from ovd.modeling.fvlm.conse import FILE as CONSE
     from ovd.modeling.fvlm.finetuned import remaining_branches, save_branch
     from ovd.modeling.fvlm.network import PROPOSALS
-    from ovd.modeling.fvlm.quality import FILE as QUALITY
     from pretrain.engine.config import config_hash
 
     card, task = read_card(parts.folder), parts.task
@@ -253,8 +269,7 @@ def export(config: FinetuneConfig, parts: FinetuneParts, folder: Path) -> None:
         metrics |= {} if math.isnan(measured.ap50) else {"held_out_ap50": measured.ap50}
     shutil.copytree(parts.folder / PROPOSALS, folder / PROPOSALS)
     earlier = remaining_branches(card.finetuned, parts.photos.names)
-    more = [name for name in (CONSE, QUALITY) if (parts.folder / name).is_file()]
-    for file in ("model.safetensors", *more, *(branch.file for branch in earlier)):
+    for file in _files_of(card, earlier):
         (folder / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(parts.folder / file, folder / file)
     branch = save_branch(

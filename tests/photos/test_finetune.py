@@ -387,6 +387,15 @@ def test_weights__an_export_is_refused(tmp_path: Path) -> None:
         ovd_train.main([*arguments(labels, tmp_path / "run", folder), "--check"])
 
 
+@pytest.mark.parametrize("file", ["conse.safetensors", "quality.safetensors", "classes/01.safetensors"])
+def test_weights__a_missing_file_is_named_before_the_training(learned: Path, tmp_path: Path, file: str) -> None:
+    shutil.copytree(learned / "run/exported", tmp_path / "weights")
+    (tmp_path / "weights" / file).unlink()
+    labels = write_photos(tmp_path / "photos", THINGS)
+    with pytest.raises(UserError, match=rf"{file}: no such file; copy the folder again"):
+        ovd_train.main([*arguments(labels, tmp_path / "run", tmp_path / "weights"), "--check"])
+
+
 def test_resume__refuses_another_detector(learned: Path, tmp_path: Path) -> None:
     shutil.copytree(learned / "run/exported", tmp_path / "weights")
     labels = write_photos(tmp_path / "photos", [["tile"]] * 2)
