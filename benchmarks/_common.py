@@ -169,14 +169,14 @@ def report(title: str, rows: Sequence[tuple[str, str, str]], figures: Mapping[st
 def page_url(page: subprocess.Popen[str]) -> str:
     """The address of a page that was started, once it has answered with HTTP 200."""
     assert page.stdout is not None
-    said = []
+    printed = []
     for line in page.stdout:
-        said.append(line)
+        printed.append(line)
         if found := re.search(r"http://[\w.:\[\]]+/?", line):
             with urllib.request.urlopen(found.group(), timeout=60) as answer:
                 if answer.status == 200:
                     return found.group()
-    raise SystemExit("error: the page did not start:\n" + "".join(said))
+    raise SystemExit("error: the page did not start:\n" + "".join(printed))
 
 
 def cpu_seconds(process: int) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,11 +38,11 @@ class NegativePhotos:
         *,
         folder: Path,
         names: Sequence[str],
-        doubtful: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
+        doubtful: Mapping[str, NDArray[np.float32]] | None = None,
         notices: Sequence[str] = (),
     ) -> None:
         self.folder, self.names, self.notices = folder, tuple(names), tuple(notices)
-        self.doubtful = dict(doubtful)  # a proxy cannot be sent to a data loading process
+        self.doubtful = doubtful or {}
 
     @classmethod
     def of_folder(cls, folder: Path, *, labelled: Sequence[Path] = ()) -> NegativePhotos:

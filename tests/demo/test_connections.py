@@ -123,11 +123,11 @@ def reach(port: int) -> socket.socket:
 
 def rest_of(connection: socket.socket) -> bytes:
     """What the server still says before it closes."""
-    said = b""
+    received = b""
     with contextlib.suppress(ConnectionError):
         while chunk := connection.recv(1000):
-            said += chunk
-    return said
+            received += chunk
+    return received
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", HEAD, HEAD + b"X-A: " + b"a" * 1000])
@@ -149,13 +149,13 @@ def test_connections__client_gets_through_half_open_flood() -> None:
         for _ in range(30):
             stack.enter_context(reach(port)).sendall(HEAD)
             time.sleep(0.02)
-        said, deadline = b"", time.monotonic() + 60
-        while not said.endswith(b"hello") and time.monotonic() < deadline:  # refused until the flood is old enough
+        received, deadline = b"", time.monotonic() + 60
+        while not received.endswith(b"hello") and time.monotonic() < deadline:  # refused until the flood is old enough
             time.sleep(0.1)
             with reach(port) as person:
                 person.sendall(HEAD + b"Connection: close\r\n\r\n")
-                said = rest_of(person)
-        assert said.endswith(b"hello") and connections.count <= 5
+                received = rest_of(person)
+        assert received.endswith(b"hello") and connections.count <= 5
 
 
 def test_connections__a_newcomer_at_the_limit_is_refused() -> None:
@@ -163,9 +163,11 @@ def test_connections__a_newcomer_at_the_limit_is_refused() -> None:
         first.sendall(HEAD)
         with reach(port) as person:
             person.sendall(HEAD + b"\r\n")
-            said = rest_of(person)
+            received = rest_of(person)
         assert (
-            said.startswith(b"HTTP/1.1 503") and b"Retry-After" in said and said.endswith(b"try again in 5 seconds\n")
+            received.startswith(b"HTTP/1.1 503")
+            and b"Retry-After" in received
+            and received.endswith(b"try again in 5 seconds\n")
         )
         with reach(port) as silent:
             assert rest_of(silent) == b""

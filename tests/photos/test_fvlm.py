@@ -453,11 +453,11 @@ def test_notices__say_that_a_crowd_is_boxed_person_by_person(trained: Path) -> N
     detector.model.proposal_words = WordList(words=("person",), lexicon=LEXICON)
     embedding = np.eye(1, detector.model.background_words.shape[1], dtype=np.float32)
     for phrase in ("crowd", "crowds", "a large crowd"):
-        said = f"{phrase!r} is searched as 'person': one box for each"
-        assert detector.model.notices([[phrase]], embedding) == (said,)
+        notice = f"{phrase!r} is searched as 'person': one box for each"
+        assert detector.model.notices([[phrase]], embedding) == (notice,)
     assert detector.model.notices([["people"]], embedding) == ()
-    said = "'crowd of people' is searched as 'people': the other words are ignored"
-    assert detector.model.notices([["crowd of people"]], embedding) == (said,)
+    notice = "'crowd of people' is searched as 'people': the other words are ignored"
+    assert detector.model.notices([["crowd of people"]], embedding) == (notice,)
 
 
 def test_detector__copy_is_equal_and_any_picture_shape_works(trained: Path) -> None:

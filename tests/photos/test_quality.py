@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Localisation quality: what it is taught, how it ranks words, and its file."""
+"""Localisation quality: what it learns, how it ranks words, and its file."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_geometry__is_relative_to_the_picture() -> None:
 
 
 def test_localization_quality__is_the_iou_with_a_confident_label_of_any_word() -> None:
-    taught = photo([0, 1], [0.8, 0.29])
-    labels = torch.from_numpy(taught.boxes)
+    labelled = photo([0, 1], [0.8, 0.29])
+    labels = torch.from_numpy(labelled.boxes)
     expected = [float(_iou(box, labels[0])) for box in torch.from_numpy(BOXES)]
-    assert localization_quality(taught, BOXES, TABLE).tolist() == pytest.approx(expected, abs=1e-6)
+    assert localization_quality(labelled, BOXES, TABLE).tolist() == pytest.approx(expected, abs=1e-6)
     assert not localization_quality(photo([], []), BOXES, TABLE).any()
-    assert localization_quality(taught, BOXES[:0], TABLE).shape == (0,)
+    assert localization_quality(labelled, BOXES[:0], TABLE).shape == (0,)
     # A photo of one thing: its largest proposal.
     assert localization_quality(photo([], [], noun=4), BOXES, TABLE)[3] == pytest.approx(1)
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ovd.config_fvlm import ConseConfig
 from ovd.inference.scoring import Deferred
+from ovd.modeling.fvlm.part_file import read_part, save_part
 from ovd.modeling.fvlm.tower import STRIDE, padded_pixels
 from ovd.pictures import resized_copy
 from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import read_lexicon
-from pretrain.engine.checkpoint import load_weights, save_weights
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
 from pretrain.nets.conse import conse_targets
@@ -124,12 +124,7 @@ def overlaps(low_P: Tensor, high_P: Tensor, *, cells: int) -> Tensor:
 
 def save_conse(folder: Path, conse: RegionConse) -> None:
     """Write ``conse.safetensors``, in half precision."""
-    tensors = {
-        name: tensor.detach().cpu().half().contiguous()
-        for name, tensor in conse.state_dict().items()
-        if tensor.is_floating_point()
-    }
-    save_weights(folder / FILE, tensors, {"format": FORMAT})
+    save_part(folder / FILE, conse, file_format=FORMAT)
 
 
 def load_conse(
@@ -140,10 +135,7 @@ def load_conse(
     Raises:
         UserError: no such file, or one of another network.
     """
-    path = folder / FILE
-    tensors, facts = load_weights(path)
-    if facts.get("format") != FORMAT:
-        raise UserError(f"{path}: has format {facts.get('format')!r}, not {FORMAT!r}; export the detector again")
+    tensors = read_part(folder / FILE, file_format=FORMAT)
     conse = RegionConse(config, embed_dim=embed_dim, precision=precision)
-    load_tensors(conse, tensors, source=path)
+    load_tensors(conse, tensors, source=folder / FILE)
     return conse

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ovd.config_fvlm import QualityConfig
-from pretrain.engine.checkpoint import load_weights, save_weights
-from pretrain.engine.errors import UserError
+from ovd.modeling.fvlm.part_file import read_part, save_part
 from pretrain.engine.state import load_tensors
 
 FILE = "quality.safetensors"
@@ -77,12 +76,7 @@ class LocalizationQuality(nn.Module):
 
 def save_quality(folder: Path, quality: LocalizationQuality) -> None:
     """Write ``quality.safetensors``, in half precision."""
-    tensors = {
-        name: tensor.detach().cpu().half().contiguous()
-        for name, tensor in quality.state_dict().items()
-        if tensor.is_floating_point()
-    }
-    save_weights(folder / FILE, tensors, {"format": FORMAT})
+    save_part(folder / FILE, quality, file_format=FORMAT)
 
 
 def load_quality(folder: Path, quality: LocalizationQuality) -> None:
@@ -91,8 +85,5 @@ def load_quality(folder: Path, quality: LocalizationQuality) -> None:
     Raises:
         UserError: no such file, or one of another network.
     """
-    path = folder / FILE
-    tensors, facts = load_weights(path)
-    if facts.get("format") != FORMAT:
-        raise UserError(f"{path}: has format {facts.get('format')!r}, not {FORMAT!r}; export the detector again")
-    load_tensors(quality, tensors, source=path)
+    tensors = read_part(folder / FILE, file_format=FORMAT)
+    load_tensors(quality, tensors, source=folder / FILE)
