@@ -24,6 +24,7 @@ from ovd.modeling.proposals.build import (
     save_proposals,
 )
 from ovd.modeling.proposals.cells import cell_centres, decode
+from ovd.modeling.proposals.depthwise import depthwise
 from ovd.modeling.proposals.nanodet import NanoDet
 from ovd.modeling.proposals.network import ProposalDetector, build_proposal_detector, init_from_converted
 from ovd.modeling.proposals.picodet import PicoDet, geometric_mean
@@ -263,3 +264,19 @@ def test_cells__every_level_has_as_many_as_its_map(size: tuple[int, int]) -> Non
         _, strides = cell_centres(*size, architecture.strides)
         assert counts == [int((strides == stride).sum()) for stride in architecture.strides]
         assert {x.shape[1] for x in maps} == {architecture.channels}
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_depthwise__gradients_are_those_of_the_plain_convolution(stride: int, precision: torch.dtype) -> None:
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(6, 6, 5, stride=stride, padding=2, groups=6)
+    x = torch.randn(2, 6, 12, 16, requires_grad=True)
+    inputs = [x, *conv.parameters()]
+    expected = torch.autograd.grad(conv(x).square().sum(), inputs)
+    with torch.autocast("cpu", precision, enabled=precision is torch.bfloat16):
+        gradients = torch.autograd.grad(depthwise(x, conv).float().square().sum(), inputs)
+    for gradient, right in zip(gradients, expected, strict=True):
+        assert gradient.dtype == right.dtype
+        error = (gradient - right).abs().max() / right.abs().max()
+        assert error < (1e-5 if precision is torch.float32 else 0.02)

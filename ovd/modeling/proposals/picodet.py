@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovd.modeling.proposals.cells import Cells, gather
+from ovd.modeling.proposals.depthwise import depthwise
 
 STRIDES = (8, 16, 32, 64)
 """Pixels between the cells of the four levels."""
@@ -47,7 +48,7 @@ class Convolution(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, groups=groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.hardswish(self.conv(x))
+        return F.hardswish(self.conv(x) if self.conv.groups == 1 else depthwise(x, self.conv))
 
 
 class SqueezeExcitation(nn.Module):
