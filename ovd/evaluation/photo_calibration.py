@@ -145,7 +145,12 @@ def fit(data: TypedPhotos) -> tuple[Calibration, bool]:
     fitted, outcome = fit_sigmoid(data.scenes, replace(data.scorer, calibration=ranking))
     require_both(outcome)
     before = data.scorer.calibration
-    fitted = replace(fitted, open_slope=before.open_slope, open_offset=before.open_offset)
+    fitted = replace(
+        fitted,
+        open_slope=before.open_slope,
+        open_offset=before.open_offset,
+        open_fallback=before.open_fallback,
+    )
     if named_photos := named_of_other_words(data):
         named = named_outcome(named_photos, replace(data.scorer, calibration=ranking), floor=OPEN_EPS)
         slope, offset = named.best(FITTED * len(named_photos)).sigmoid(eps=OPEN_EPS)

@@ -46,6 +46,8 @@ class Calibration:
         open_conse: share of ConSE's embedding in that of the image tower, for these words, see
             `RegionSet.open_embedding`.
         open_slope, open_offset: their sigmoid.
+        open_fallback: highest score by the image tower's embedding of a word that the proposal network knows but does
+            not find in the picture; 0: that network alone scores its words.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid. A detector of
             photographs compares distributions over words (`ovd.inference.example_scorers`): the temperature is theirs.
@@ -68,6 +70,7 @@ class Calibration:
     open_conse: float = 0.0
     open_slope: float = 1.0
     open_offset: float = 0.0
+    open_fallback: float = 0.0
     example_logit_scale: float = 20.0
     example_objectness_weight: float = 0.5
     example_slope: float = 1.0
@@ -101,8 +104,8 @@ class Calibration:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def uncalibrated(self) -> Calibration:
-        """The same scores before the sigmoid is applied."""
-        return replace(self, slope=1.0, offset=0.0, open_slope=1.0, open_offset=0.0)
+        """The same scores before the sigmoid is applied, and without the fallback, which is of scores after it."""
+        return replace(self, slope=1.0, offset=0.0, open_slope=1.0, open_offset=0.0, open_fallback=0.0)
 
 
 class Deferred:

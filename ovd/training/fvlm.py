@@ -275,6 +275,7 @@ def start_calibration(model: FvlmConfig, logit_scale: float) -> Calibration:
         open_area=0.8 if has_quality else 0.6,
         open_unknown=0.75 if has_conse else 1.5,
         open_conse=0.5 if has_conse else 0.0,
+        open_fallback=0.5,
     )
 
 

@@ -26,6 +26,7 @@ from ovd.formats.write import write_labels
 from ovd.inference.everyday import GROUPS, INDISTINCT, KINDS, OTHER_THINGS
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
 from ovd.inference.known_words import WordList, singulars
+from ovd.inference.open_words import CompetitorGroups
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
@@ -261,6 +262,36 @@ def test_scores__of_a_word_that_the_head_did_not_learn_are_the_proposal_networks
     words = replace(scorer([[True, False], [False, True]]), word_rows=np.eye(4, dtype=np.float32)[[0, 0]] * [[1], [0]])
     score = words(regions([[0.2, 0.6]]))
     assert float(score[0, 1]) == pytest.approx(0.6, rel=1e-4) and float(score[0, 0]) != pytest.approx(0.2, rel=1e-2)
+
+
+def with_fallback(words: WordScorer) -> WordScorer:
+    return replace(
+        words,
+        word_groups=CompetitorGroups.of(~np.eye(4, dtype=bool)[:2], np.eye(2, dtype=bool)),
+        calibration=replace(words.calibration, open_fallback=0.5),
+    )
+
+
+def test_scores__of_a_known_word_that_is_not_found_are_half_the_image_embeddings_cubed() -> None:
+    seen = replace(regions([[0.01, 0.9], [0.01, 0.0]]), objectness=np.ones(2, np.float32))
+    words = scorer([[True, False], [False, True], [True, True]])
+    plain, score = words(seen), with_fallback(words)(seen)
+    own, other = math.exp(10.0), 3.0
+    image = own / (own + other) * 0.25**0.25
+    assert float(score[0, 0]) == pytest.approx(0.5 * (image * (1 - plain[:, 0].max())) ** 3, rel=1e-4)
+    assert score[0, 0] > plain[0, 0]
+    np.testing.assert_allclose(score[:, 2], plain[:, 2], rtol=1e-6)  # one of the group's words is found
+    alone = with_fallback(words).select([0])(seen)
+    np.testing.assert_allclose(alone[:, 0], score[:, 0], rtol=1e-6)
+    shown = with_fallback(words).shown(seen, threshold=0.1)
+    np.testing.assert_allclose(shown.best, score.max(axis=0), rtol=1e-6)
+
+
+def test_scores__of_a_known_word_without_an_embedding_have_no_fallback() -> None:
+    seen = regions([[0.01, 0.9]])
+    words = scorer([[True, False], [False, True]])
+    unlearned = replace(words, word_rows=np.eye(4, dtype=np.float32)[:2] * [[0], [1]])
+    np.testing.assert_array_equal(with_fallback(unlearned)(seen), unlearned(seen))
 
 
 def test_scores__compete_with_contradicting_words() -> None:
