@@ -173,6 +173,20 @@ class OpenWords:
         """Embeddings of the words in their order, laid out as a product with regions reads them."""
         return np.ascontiguousarray(self.rows[self._order[0]].T)
 
+    def bound(self, regions: RegionSet) -> Floats:
+        """(R,) what no word's score exceeds (with a rising sigmoid): that of a region whose embedding is the word."""
+        whole_R = np.maximum(self._wholeness(regions), TINY)
+        return self._score(np.asarray((1 - whole_R) / whole_R, np.float32))
+
+    def _wholeness(self, regions: RegionSet) -> Floats:
+        """(R,) 0…1, how likely a region is a whole thing, of whatever kind."""
+        c = self.calibration
+        area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
+        whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
+        if c.open_quality and regions.quality is not None:
+            whole_R = whole_R * regions.quality.clip(0, 1) ** c.open_quality
+        return np.asarray(whole_R, np.float32)
+
     def _shared_terms(self, regions: RegionSet) -> SharedTerms:
         if not len(self.competitors):
             raise ValueError("scores need at least one competitor: a background word")
@@ -182,12 +196,8 @@ class OpenWords:
         shift_R = words_BR.max(axis=0)  # keeps every exponential in range
         np.exp(np.subtract(words_BR, shift_R, out=words_BR), out=words_BR)
         sum_GR = np.maximum(self.groups.sums(words_BR), TINY)
-        area_R = np.prod(regions.boxes[:, 2:] - regions.boxes[:, :2], axis=1) / (regions.size[0] * regions.size[1])
-        whole_R = regions.objectness.clip(0, 1) ** c.open_objectness * area_R**c.open_area
-        if c.open_quality and regions.quality is not None:
-            whole_R = whole_R * regions.quality.clip(0, 1) ** c.open_quality
         sets = self.groups.related_sets
-        whole_SR = np.tile(whole_R.astype(np.float32), (len(sets.rows), 1))
+        whole_SR = np.tile(self._wholeness(regions), (len(sets.rows), 1))
         if c.open_unknown and regions.word_scores is not None:
             whole_SR *= (1 - best_unrelated(regions.word_scores, sets.rows)).clip(0, 1) ** c.open_unknown
         whole_SR = np.maximum(whole_SR, TINY)
@@ -197,7 +207,7 @@ class OpenWords:
             image_RD=image_RD,
             against_R1=(np.log(common_R) + shift_R)[:, None],
             ratio_GR=np.divide(against_GR, common_R, out=against_GR),
-            nothing_SR=np.maximum(1 - whole_SR, TINY) / whole_SR,
+            nothing_SR=np.asarray(np.maximum(1 - whole_SR, TINY) / whole_SR, np.float32),
         )
 
     def _odds_against(self, regions: RegionSet) -> Iterator[tuple[NDArray[np.int64], Floats]]:
