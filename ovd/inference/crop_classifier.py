@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats, as_array, best_first, platt_scaled, unit_rows
 from ovd.inference.crop_refinement import shrunk
-from ovd.inference.fvlm_regions import WordScorer, best_of
+from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.hyponyms import best_of
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities

@@ -24,6 +24,7 @@ from ovd.inference.example_scorers import WordProfileScorer
 from ovd.inference.finetuned_names import FinetunedNames
 from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
+from ovd.inference.hyponyms import Hyponyms, TrainingWords, best_of
 from ovd.inference.known_words import Phrases, WordList
 from ovd.inference.open_words import CompetitorGroups, DistinctRows, OpenWords, distinct_rows
 from ovd.inference.region_model import RegionModel
@@ -38,8 +39,6 @@ INDISTINCT_SHARE = 0.5
 FALLBACK_POWER = 3
 """Of the image embedding's score of a word that the proposal network does not find: only clear cases count. With 1, the
 average precision of all 80 words falls by .016 on scenes of ``val``, by the teachers' labels; with 3 by .003."""
-MIN_FALLBACK = 0.01
-"""A score by the fallback; regions that cannot reach it, 143 of 150, are left out."""
 
 
 class FvlmNetwork(Protocol):
@@ -100,17 +99,14 @@ class FvlmRegionModel(RegionModel):
         return WordList(words=self.card.classes, lexicon=self.training_words.lexicon)
 
     @cached_property
-    def _known_relations(self) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """(K, B) words of the training, (K, K) words of the proposal network, that contradict none of the latter."""
-        words = [[word] for word in self.proposal_words.words]
-        return self.training_words.relations(words).related, self.proposal_words.relations(words).related
-
-    def _word_groups(self, competitors: int) -> CompetitorGroups:
-        """What contradicts the proposal network's words, among so many competitors, the training's words first."""
-        training, known = self._known_relations
-        mask = np.ones((len(known), competitors), dtype=bool)
-        mask[:, : training.shape[1]] = ~training
-        return CompetitorGroups.of(mask, known)
+    def _hyponym_words(self) -> TrainingWords:
+        """The training's words, as hyponyms of what is typed."""
+        words = [[word] for word in self.training_words.words]
+        return TrainingWords(
+            rows=self.background_words[: len(words)],
+            related=self.training_words.relations(words).related,
+            known=self.proposal_words.relations(words).related,
+        )
 
     @cached_property
     def _word_rows(self) -> Floats:
@@ -191,9 +187,9 @@ class FvlmRegionModel(RegionModel):
 
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
-        related_training = self.training_words.relations(phrases).related
+        training = self.training_words.relations(phrases)
         competitor_mask = np.ones((len(phrases), len(competitors)), dtype=bool)
-        competitor_mask[:, : related_training.shape[1]] = ~related_training
+        competitor_mask[:, : training.related.shape[1]] = ~training.related
         if not self.proposal_words.words:
             return self._ensemble_scorer(rows, phrases, competitors, competitor_mask)
         relations = self.proposal_words.relations(phrases)
@@ -208,7 +204,8 @@ class FvlmRegionModel(RegionModel):
             scale=self.network.scale,
             calibration=self.calibration,
             share=np.where(is_guess, INDISTINCT_SHARE, 1).astype(np.float32),
-            word_groups=self._word_groups(len(competitors)) if self.calibration.open_fallback else None,
+            training=self._hyponym_words if self.calibration.open_fallback else None,
+            below=training.same_or_below | training.indistinct,
             finetuned=None if self.finetuned is None else self.finetuned.answering(phrases),
             finetuned_only=None if self.finetuned is None else self._finetuned_only(self.finetuned, phrases),
         )
@@ -256,13 +253,14 @@ class WordScorer(ManyWordsScorer):
 
     *Closed* words are those that the proposal network scores, their synonyms, and their hypernyms. A word of the
     proposal network gets the geometric mean of that network's score and the region head's, a synonym the same, a
-    hypernym the best of its hyponyms. Where that network does not find a word in the picture, the image tower's answer,
-    as for open words, is used at a lower score (`Calibration.open_fallback`).
+    hypernym the best of its hyponyms. Where that network finds none of them in the picture, the image tower's answer
+    for the class and its hyponyms among the words of the training is used, at a lower score
+    (`Calibration.open_fallback`).
 
     All other words are *open*: the head learned them from few photos and is worse at them. They get the softmax of the
     image tower's own embedding against all words that contradict them, times powers of objectness, of area, and of the
-    probability that the region is none of the proposal network's words that contradict them. (Mixing this softmax into
-    a hypernym's score cost precision.)
+    probability that the region is none of the proposal network's words that contradict them; or, if that is higher,
+    half of the best score of a hyponym among the words of the training.
 
     Attributes:
         rows: (C, D) unit text embeddings.
@@ -275,8 +273,8 @@ class WordScorer(ManyWordsScorer):
         scale: inverse temperature of the head.
         calibration: of the checkpoint.
         share: (C,) of a class's closed scores, 0…1: how likely an object of its words is one of the class; None: 1.
-        word_groups: the proposal network's words, by what contradicts them; None: `Calibration.open_fallback` is not
-            used.
+        training: the words of the training; None: hyponyms among them do not count.
+        below: (C, H) bool: of these, words that are the class or a kind of it.
         finetuned: (C, O) bool: an object of the fine-tuned class is also one of the class; None: there are none.
         finetuned_only: (C,) bool: a fine-tuned class that the proposal network does not know: no other box is it.
     """
@@ -290,7 +288,8 @@ class WordScorer(ManyWordsScorer):
     scale: float
     calibration: Calibration
     share: Floats | None = field(default=None, metadata=PER_CLASS)
-    word_groups: CompetitorGroups | None = None
+    training: TrainingWords | None = None
+    below: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
     finetuned: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
     finetuned_only: NDArray[np.bool_] | None = field(default=None, metadata=PER_CLASS)
 
@@ -305,6 +304,14 @@ class WordScorer(ManyWordsScorer):
         return closed, self.select(np.flatnonzero(closed).tolist()), self.select(np.flatnonzero(~closed).tolist())
 
     @cached_property
+    def _open_split(self) -> tuple[NDArray[np.bool_], WordScorer, WordScorer]:
+        """(C,) which classes have hyponyms that count; those alone; the others alone."""
+        if self._open_hyponyms is None:
+            return np.zeros(len(self.rows), dtype=bool), self, self
+        general = self._is_general
+        return general, self.select(np.flatnonzero(general).tolist()), self.select(np.flatnonzero(~general).tolist())
+
+    @cached_property
     def _open(self) -> OpenWords:
         return OpenWords(
             rows=self.rows,
@@ -314,19 +321,27 @@ class WordScorer(ManyWordsScorer):
         )
 
     @cached_property
-    def _open_words(self) -> OpenWords | None:
-        """Of the proposal network's words; None: there is no fallback.
-
-        By the image embedding alone: ConSE takes a fifth of the time of a photo and would gain little.
-        """
-        if self.word_groups is None or not self.calibration.open_fallback:
+    def _fallback(self) -> Hyponyms | None:
+        """Of closed classes; without ConSE, which takes a fifth of the time of a photo and gains little here."""
+        c = replace(self.calibration, open_conse=0.0)
+        if self.training is None or self.below is None or not c.open_fallback:
             return None
-        return OpenWords(
-            rows=self.word_rows,
-            competitors=self.competitors,
-            groups=self.word_groups,
-            calibration=replace(self.calibration, open_conse=0.0),
-        )
+        return Hyponyms.of(self.training, self.below, self.competitors, c, power=FALLBACK_POWER)
+
+    @cached_property
+    def _open_hyponyms(self) -> Hyponyms | None:
+        """Of open classes."""
+        c = self.calibration
+        if self.training is None or self.below is None or not c.open_fallback or not self._is_general.any():
+            return None
+        return Hyponyms.of(self.training, self.below & self._is_general[:, None], self.competitors, c, power=1)
+
+    @cached_property
+    def _is_general(self) -> NDArray[np.bool_]:
+        """(C,) classes with several words that are the class or below it: the first may be the class itself."""
+        if self.below is None:
+            return np.zeros(len(self.rows), dtype=bool)
+        return np.asarray(self.below.sum(axis=1) > 1)
 
     @cached_property
     def _distinct_hyponyms(self) -> DistinctRows:
@@ -354,10 +369,7 @@ class WordScorer(ManyWordsScorer):
             return Shown.of(self(regions), threshold=threshold)
         one = Shown.of(closed_words.closed_scores(regions), threshold=threshold)
         other = open_words.open_shown(regions, threshold=threshold)
-        best_C = np.empty(len(self.rows), np.float32)
-        best_C[closed], best_C[~closed] = one.best, other.best
-        classes = np.concatenate([np.flatnonzero(closed)[one.classes], np.flatnonzero(~closed)[other.classes]])
-        return Shown.in_order(best_C, classes, np.concatenate([one.score_RS, other.score_RS], axis=1))
+        return Shown.joined([(np.flatnonzero(closed), one), (np.flatnonzero(~closed), other)])
 
     def closed_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
@@ -367,34 +379,26 @@ class WordScorer(ManyWordsScorer):
         head_RK = np.where(self.word_rows.any(axis=1), head_RK, word_RK)
         score_RK = word_RK ** (1 - c.head_weight) * head_RK**c.head_weight
         score_RK = platt_scaled(score_RK, slope=c.slope, offset=c.offset)
-        score_RS = self._with_fallback(best_of(score_RK, self._distinct_hyponyms.rows), regions)
-        score_RC = score_RS[:, self._distinct_hyponyms.of]
+        score_RC = best_of(score_RK, self._distinct_hyponyms.rows)[:, self._distinct_hyponyms.of]
+        if (fallback := self._fallback) is not None and len(regions):
+            missed_C = 1 - score_RC.max(axis=0)
+            few, open_FC = fallback.best(regions)
+            score_RC[few] = np.maximum(score_RC[few], open_FC * missed_C**FALLBACK_POWER)
         return score_RC if self.share is None else score_RC * self.share
-
-    def _with_fallback(self, score_RS: Floats, regions: RegionSet) -> Floats:
-        """Scores of each distinct set of words, or the image embedding's of a set that is not found in the picture."""
-        open_words, highest = self._open_words, self.calibration.open_fallback
-        if open_words is None or not len(regions):
-            return score_RS
-        missed_S = 1 - score_RS.max(axis=0)
-        few = np.flatnonzero(highest * open_words.bound(regions) ** FALLBACK_POWER >= MIN_FALLBACK)
-        open_FK = np.where(self.word_rows.any(axis=1), open_words(regions.at(few)), 0)
-        open_FS = highest * (best_of(open_FK, self._distinct_hyponyms.rows) * missed_S) ** FALLBACK_POWER
-        score_RS[few] = np.maximum(score_RS[few], open_FS)
-        return score_RS
 
     def open_scores(self, regions: RegionSet) -> Floats:
         """(R, C) scores by the image tower's embedding alone."""
-        return self._open(regions)
+        score_RC = self._open(regions)
+        if (hyponyms := self._open_hyponyms) is not None:
+            few, best_FC = hyponyms.best(regions)
+            score_RC[few] = np.maximum(score_RC[few], best_FC)
+        return score_RC
 
     def open_shown(self, regions: RegionSet, *, threshold: float) -> Shown:
         """Of `open_scores`, the classes that reach a threshold."""
-        return self._open.shown(regions, threshold=threshold)
-
-
-def best_of(scores_RK: Floats, members_CK: NDArray[np.bool_]) -> Floats:
-    """(R, C): the best of each class's words; 0 for a class without any."""
-    best_RC = np.zeros((len(scores_RK), len(members_CK)), np.float32)
-    for column in np.flatnonzero(members_CK.any(axis=1)):  # few of many: (R, C, K) at once would be large
-        best_RC[:, column] = scores_RK[:, members_CK[column]].max(axis=1)
-    return best_RC
+        general, general_words, plain_words = self._open_split
+        if not general.any():
+            return self._open.shown(regions, threshold=threshold)
+        one = Shown.of(general_words.open_scores(regions), threshold=threshold)
+        other = plain_words._open.shown(regions, threshold=threshold)
+        return Shown.joined([(np.flatnonzero(general), one), (np.flatnonzero(~general), other)])

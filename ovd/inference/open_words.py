@@ -216,6 +216,8 @@ class OpenWords:
         With p = w / (1 + s / e^word), where w says that a region is a whole thing and none that contradicts the word,
         and s is the sum over competitors, the odds are (1 − w) / w + s / w / e^word.
         """
+        if not len(self.rows):
+            return
         image_RD, against_R1, ratio_GR, nothing_SR = self._shared_terms(regions)
         set_of = self.groups.related_sets.of
         nothing_R1 = nothing_SR[set_of[self._common]][:, None]

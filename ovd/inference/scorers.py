@@ -79,6 +79,15 @@ class Shown(NamedTuple):
         order = np.argsort(classes)
         return cls(best, classes[order], score_RS[:, order])
 
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[NDArray[np.int64], Shown]]) -> Shown:
+        """Of parts of the classes, each with the numbers of its classes."""
+        best_C = np.empty(sum(len(numbers) for numbers, _ in parts), np.float32)
+        for numbers, shown in parts:
+            best_C[numbers] = shown.best
+        classes = np.concatenate([numbers[shown.classes] for numbers, shown in parts])
+        return cls.in_order(best_C, classes, np.concatenate([shown.score_RS for _, shown in parts], axis=1))
+
 
 class ManyWordsScorer(ABC):
     """A `Scorer` that is faster when only scores above a threshold are needed."""

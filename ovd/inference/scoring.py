@@ -46,8 +46,8 @@ class Calibration:
         open_conse: share of ConSE's embedding in that of the image tower, for these words, see
             `RegionSet.open_embedding`.
         open_slope, open_offset: their sigmoid.
-        open_fallback: highest score by the image tower's embedding of a word that the proposal network knows but does
-            not find in the picture; 0: that network alone scores its words.
+        open_fallback: highest score of a class by the image tower's embedding of its hyponyms, or of a word that the
+            proposal network knows but does not find in the picture; 0: neither counts.
         example_*: the same for classes given by crops, see :meth:`of_examples`. Two image embeddings are
             closer than an image and its word, so a crop's cosines need another temperature and sigmoid. A detector of
             photographs compares distributions over words (`ovd.inference.example_scorers`): the temperature is theirs.

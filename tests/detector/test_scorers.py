@@ -14,12 +14,13 @@ from ovd.inference.crop_classifier import CropScorer
 from ovd.inference.example_scorers import CentredCosineScorer, RegionCosineScorer, WordProfileScorer
 from ovd.inference.fvlm_ensemble import EnsembleScorer
 from ovd.inference.fvlm_regions import WordScorer
+from ovd.inference.hyponyms import TrainingWords
 from ovd.inference.scorers import CalibratedScorer, PublishedScorer
 from ovd.inference.scoring import Calibration, RegionSet
 
 CLASSES, BACKGROUND_WORDS, PROPOSAL_WORDS, LABELS, FINETUNED, NEGATIVES, REGIONS, DIM = 5, 7, 4, 6, 3, 2, 9, 8
 RNG = np.random.default_rng(0)
-CALIBRATION = Calibration(open_unknown=0.5, slope=1.3, offset=-0.2)
+CALIBRATION = Calibration(open_unknown=0.5, open_offset=5.0, open_fallback=0.9, slope=1.3, offset=-0.2)
 
 
 def units(count: int) -> Floats:
@@ -41,6 +42,11 @@ def of_words(kind: type[WordScorer]) -> WordScorer:
         hyponyms=mask(CLASSES, PROPOSAL_WORDS) & np.array([[True], [True], [False], [True], [False]]),
         related=mask(CLASSES, PROPOSAL_WORDS), scale=5.0, calibration=CALIBRATION,
         share=shares(CLASSES), finetuned=mask(CLASSES, FINETUNED), finetuned_only=mask(CLASSES),
+        training=TrainingWords(
+            rows=units(BACKGROUND_WORDS), related=mask(BACKGROUND_WORDS, BACKGROUND_WORDS),
+            known=mask(BACKGROUND_WORDS, PROPOSAL_WORDS),
+        ),
+        below=mask(CLASSES, BACKGROUND_WORDS),
     )  # fmt: skip
 
 

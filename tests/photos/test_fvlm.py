@@ -25,8 +25,8 @@ from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
 from ovd.inference.everyday import GROUPS, INDISTINCT, KINDS, OTHER_THINGS
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
+from ovd.inference.hyponyms import TrainingWords
 from ovd.inference.known_words import WordList, singulars
-from ovd.inference.open_words import CompetitorGroups
 from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
@@ -264,34 +264,45 @@ def test_scores__of_a_word_that_the_head_did_not_learn_are_the_proposal_networks
     assert float(score[0, 1]) == pytest.approx(0.6, rel=1e-4) and float(score[0, 0]) != pytest.approx(0.2, rel=1e-2)
 
 
-def with_fallback(words: WordScorer) -> WordScorer:
+def with_hyponyms(words: WordScorer, below: list[list[bool]]) -> WordScorer:
+    """The scorer with four words of a training, unrelated to each other; ``below``: those that are each class."""
+    known = np.array([[True, False], [False, True], [False, False], [False, False]])
     return replace(
         words,
-        word_groups=CompetitorGroups.of(~np.eye(4, dtype=bool)[:2], np.eye(2, dtype=bool)),
+        training=TrainingWords(rows=np.eye(4, dtype=np.float32), related=np.eye(4, dtype=bool), known=known),
+        below=np.array(below),
         calibration=replace(words.calibration, open_fallback=0.5),
     )
 
 
 def test_scores__of_a_known_word_that_is_not_found_are_half_the_image_embeddings_cubed() -> None:
     seen = replace(regions([[0.01, 0.9], [0.01, 0.0]]), objectness=np.ones(2, np.float32))
-    words = scorer([[True, False], [False, True], [True, True]])
-    plain, score = words(seen), with_fallback(words)(seen)
+    plain = scorer([[True, False], [False, True], [True, True]])
+    words = with_hyponyms(plain, [[True, False, False, False], [False, True, False, False], [True, True, False, False]])
+    before, score = plain(seen), words(seen)
     own, other = math.exp(10.0), 3.0
     image = own / (own + other) * 0.25**0.25
-    assert float(score[0, 0]) == pytest.approx(0.5 * (image * (1 - plain[:, 0].max())) ** 3, rel=1e-4)
-    assert score[0, 0] > plain[0, 0]
-    np.testing.assert_allclose(score[:, 2], plain[:, 2], rtol=1e-6)  # one of the group's words is found
-    alone = with_fallback(words).select([0])(seen)
-    np.testing.assert_allclose(alone[:, 0], score[:, 0], rtol=1e-6)
-    shown = with_fallback(words).shown(seen, threshold=0.1)
+    assert float(score[0, 0]) == pytest.approx(0.5 * (image * (1 - before[:, 0].max())) ** 3, rel=1e-4)
+    assert score[0, 0] > before[0, 0]
+    np.testing.assert_allclose(score[:, 2], before[:, 2], rtol=1e-6)  # one of the group's words is found
+    np.testing.assert_allclose(words.select([0])(seen)[:, 0], score[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(words.shown(seen, threshold=0.1).best, score.max(axis=0), rtol=1e-6)
+
+
+def test_scores__of_a_general_word_are_at_least_half_of_a_hyponyms() -> None:
+    """Of an open one: *rodent* is where a guinea pig is, however the embedding of *rodent* lies."""
+    seen = replace(regions([[0.0, 0.0]] * 4), objectness=np.ones(4, np.float32))
+    plain = scorer([[False, False]] * 3)
+    below = [[False, False, False, True], [False, False, True, True], [False] * 4]  # of the second several words
+    words = with_hyponyms(plain, below)
+    before, score = plain(seen), words(seen)
+    np.testing.assert_array_equal(score[:, [0, 2]], before[:, [0, 2]])  # one word may be the class itself
+    own, other = math.exp(10.0), 3.0
+    assert score[2:, 1] == pytest.approx(0.5 * own / (own + other) * 0.25**0.25, rel=1e-4)
+    np.testing.assert_array_equal(score[:2, 1], before[:2, 1])
+    shown = words.shown(seen, threshold=0.1)
     np.testing.assert_allclose(shown.best, score.max(axis=0), rtol=1e-6)
-
-
-def test_scores__of_a_known_word_without_an_embedding_have_no_fallback() -> None:
-    seen = regions([[0.01, 0.9]])
-    words = scorer([[True, False], [False, True]])
-    unlearned = replace(words, word_rows=np.eye(4, dtype=np.float32)[:2] * [[0], [1]])
-    np.testing.assert_array_equal(with_fallback(unlearned)(seen), unlearned(seen))
+    np.testing.assert_allclose(shown.score_RS, score[:, shown.classes], rtol=1e-6)
 
 
 def test_scores__compete_with_contradicting_words() -> None:
