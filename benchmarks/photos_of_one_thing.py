@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Photos of one thing that is, or is a kind of, a word of the proposal network: how often that word is shown.
+"""Photos of one thing, searched for words of different kinds: how often they are shown.
 
 python benchmarks/photos_of_one_thing.py --weights default --data coco:IMAGES:BOXES.json --labels LABELS.json
 
-A photo of a beagle is searched for *dog*, and for ten words that no box of it has. Once as the weights are, and once
-with the proposal network alone (`open_fallback` 0).
+A photo of a beagle is searched for *dog*, which the proposal network knows, for *animal*, which is above what it knows,
+for *beagle* and *hound*, which it does not know, and for ten absent words of each kind. Once as the weights are, once
+without hyponyms and fallback (`open_fallback` 0).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ovd.data.photo_words import WordTable
 from ovd.detector import Detector
 from ovd.evaluation.photo_calibration import photos_of
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
@@ -24,6 +26,19 @@ from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError, run_cli
 
 ABSENT = 10
+
+
+def kinds_of(table: WordTable, is_closed: NDArray[np.bool_]) -> dict[str, set[int]]:
+    """Numbers of the words, by what the proposal network knows of them."""
+    labelled, every = set(range(table.always_labelled)), range(len(table.words))
+    closed = {word for word in every if is_closed[word]}
+    general = {word for word in every if table.below[word]} - closed
+    return {
+        "the proposal network's words": labelled,
+        "words above them": closed - labelled,
+        "other words": set(every) - closed - general,
+        "other words that are above some": general,
+    }
 
 
 def main(argv: list[str]) -> int:
@@ -40,35 +55,36 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--weights {args.weights}: not a detector whose proposal network knows words")
     photos = photos_of(args.data, labels=args.labels, part=args.part)
     table = photos.table
-    words = table.words[: table.always_labelled]
-    vocabulary = Vocabulary.of(words, templates=detector.templates)
+    vocabulary = Vocabulary.of(table.words, templates=detector.templates)
     rows = detector.text.embed(vocabulary)
-    calibrations = {
-        "as_it_is": model.calibration,
-        "proposal_network_alone": replace(model.calibration, open_fallback=0.0),
-    }
-    shown: dict[str, list[bool]] = {name: [] for name in calibrations}
-    absent_shown: dict[str, list[bool]] = {name: [] for name in calibrations}
     scorer = model.scorer(rows, [c.phrases for c in vocabulary.classes], model.background_words)
     assert isinstance(scorer, WordScorer)
+    scorers = {
+        "as it is": scorer,
+        "without": replace(scorer, calibration=replace(scorer.calibration, open_fallback=0.0)),
+    }
+    kinds = kinds_of(table, np.asarray(scorer.hyponyms.any(axis=1)))
+    shown: dict[tuple[str, str], list[bool]] = {}
+    absent_shown: dict[tuple[str, str], list[bool]] = {}
     for index, photo in enumerate(photos.photos):
-        known = [] if photo.noun is None else [w for w in table.implied[photo.noun] if w < len(words)]
-        if not known:
+        if photo.noun is None:
             continue
         regions = detector.embed(photos.image(index)).regions
-        free = np.setdiff1d(np.arange(len(words)), [*known, *photo.words])
-        absent = np.random.default_rng(index).permutation(free)[:ABSENT]
-        for name, calibration in calibrations.items():
-            best = replace(scorer, calibration=calibration)(regions).max(axis=0)
-            shown[name].append(bool(best[known].max() >= detector.threshold))
-            absent_shown[name] += (best[absent] >= detector.threshold).tolist()
-    if not shown["as_it_is"]:
-        raise UserError(f"--labels {args.labels}: no photo of one thing that the proposal network has a word for")
-    figures = {
-        name: {"shown": float(np.mean(shown[name])), "absent_words_quiet": 1 - float(np.mean(absent_shown[name]))}
-        for name in calibrations
-    }
-    print(json.dumps({"photos": len(shown["as_it_is"]), "threshold": detector.threshold, **figures}, indent=1))
+        best = {name: one(regions).max(axis=0, initial=0) >= detector.threshold for name, one in scorers.items()}
+        labelled = {above for word in photo.words.tolist() for above in table.implied[word]}
+        for kind, words in kinds.items():
+            present = [word for word in table.implied[photo.noun] if word in words]
+            free = sorted(words - labelled - set(table.implied[photo.noun]) - set(table.below[photo.noun]))
+            absent = np.random.default_rng(index).permutation(free)[:ABSENT]
+            for name, is_shown in best.items():
+                shown.setdefault((kind, name), []).extend(is_shown[present].tolist())
+                absent_shown.setdefault((kind, name), []).extend(is_shown[absent].tolist())
+    if not shown:
+        raise UserError(f"--labels {args.labels}: no photo of one thing")
+    print(f"{'':44} {'words':>6} {'shown':>6} {'absent and silent':>18}")
+    for (kind, name), values in shown.items():
+        silent = 1 - np.mean(absent_shown[kind, name])
+        print(f"{kind + ', ' + name:44} {len(values):>6} {np.mean(values):>6.3f} {silent:>18.3f}")
     return 0
 
 
