@@ -65,6 +65,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "luggage": ("backpack", "handbag", "suitcase"),
     "sports equipment": _SPORT,
     "sports gear": _SPORT,
+    "glove": ("baseball glove",),
     "toy": ("teddy bear", "kite", "frisbee"),
     "plant": ("potted plant",),
     "pet": ("cat", "dog", "bird"),

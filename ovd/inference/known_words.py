@@ -202,7 +202,8 @@ class WordList:
         for row, phrase in ((row, phrase) for row, group in enumerate(phrases) for phrase in group):
             line = self.line_of(phrase)
             same[row, below.get(line[0], [])] = True
-            same[row, [number_of[word] for word in self.members_of(phrase) if word in number_of]] = True
+            for member in self.members_of(phrase):
+                same[row, below.get(self.meaning_of(member) or member, [])] = True
             above[row, [number for key in line for number in with_meaning.get(key, [])]] = True
             if (general := self.general_of(phrase)) is not None:
                 indistinct[row, number_of[general]] = True

@@ -164,7 +164,7 @@ class DetectorCard:
 
 LARGEST_INPUT = 16_384
 """Pixels of a side to which a network's pictures are resized; more fills the memory of any machine."""
-SHARES = ("threshold", "example_threshold", "text_weight", "head_weight", "open_conse")
+SHARES = ("threshold", "example_threshold", "text_weight", "head_weight", "open_conse", "open_fallback")
 """Values of the calibration that lie between 0 and 1."""
 FILE_KEYS = {"background_words": "bank", "finetuned": "own"}
 """Fields of `DetectorCard` → their keys in ``model.json``, where these differ."""

@@ -57,6 +57,7 @@ def put(**values: object) -> Callable[[dict[str, Any]], None]:
         (put(calibration={"slope": "1"}), "calibration.slope"),
         (put(calibration={"threshold": 2}), "calibration.threshold"),
         (put(calibration={"open_conse": 5}), "calibration.open_conse"),
+        (put(calibration={"open_fallback": 2}), "calibration.open_fallback"),
         (put(calibration={"slop": 1}), "calibration.slop"),
         (put(calibration=[]), "calibration"),
         (put(model="x"), "model"),

@@ -480,6 +480,13 @@ def test_word_list__a_phrase_has_the_members_of_its_noun(phrase: str, noun: str)
     np.testing.assert_array_equal(phrases.same_or_below, nouns.same_or_below)
 
 
+def test_word_list__kinds_of_a_groups_members_are_of_the_group() -> None:
+    words = WordList(words=("dog", "terrier", "school bus", "golf ball", "guitar"), lexicon=LEXICON)
+    relations = words.relations([["pet"], ["vehicles"], ["sports gear"]])
+    members = [{words.words[i] for i in np.flatnonzero(row)} for row in relations.same_or_below]
+    assert members == [{"dog", "terrier"}, {"school bus"}, {"golf ball"}]
+
+
 def test_notices__name_the_word_that_a_kind_cannot_be_told_from(trained: Path) -> None:
     detector = Detector.load(trained / "run", regions=4)
     query = detector.query(["kitten", "cat"])

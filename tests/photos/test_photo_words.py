@@ -177,3 +177,13 @@ def test_lexicon__shipped_one_joins_spellings() -> None:
         assert lexicon.meaning(one) == lexicon.meaning(other) is not None
     assert {"dog", "animal"} <= set(lexicon.hypernyms("golden retriever"))
     assert lexicon.meaning("mouse") == lexicon.meaning("computer mouse")
+
+
+@pytest.mark.parametrize(
+    ("noun", "above"),
+    [("turtle", "reptile"), ("dolphin", "mammal"), ("cherry", "edible fruit"), ("onion", "vegetable"),
+     ("spices", "food"), ("sunflower", "plant"), ("glove", "clothing"), ("tube", "conduit"), ("entree", "food")],
+)  # fmt: skip
+def test_lexicon__shipped_one_has_the_meaning_that_photos_show(noun: str, above: str) -> None:
+    """A turtle is no turtleneck; of a name that several meanings have, the one that it is the first name of."""
+    assert above in read_lexicon().hypernyms(noun)
