@@ -293,10 +293,12 @@ def test_scores__of_a_general_word_are_at_least_half_of_a_hyponyms() -> None:
     """Of an open one: *rodent* is where a guinea pig is, however the embedding of *rodent* lies."""
     seen = replace(regions([[0.0, 0.0]] * 4), objectness=np.ones(4, np.float32))
     plain = scorer([[False, False]] * 3)
-    below = [[False, False, False, True], [False, False, True, True], [False] * 4]  # of the second several words
+    below = [[True, False, False, False], [False, False, True, True], [False] * 4]  # of the first the class itself
     words = with_hyponyms(plain, below)
     before, score = plain(seen), words(seen)
-    np.testing.assert_array_equal(score[:, [0, 2]], before[:, [0, 2]])  # one word may be the class itself
+    np.testing.assert_array_equal(score[:, [0, 2]], before[:, [0, 2]])
+    one = with_hyponyms(plain, [[False, False, False, True], *below[1:]])(seen)  # a word below it that is not itself
+    np.testing.assert_array_equal(one[3, 0], score[3, 1])
     own, other = math.exp(10.0), 3.0
     assert score[2:, 1] == pytest.approx(0.5 * own / (own + other) * 0.25**0.25, rel=1e-4)
     np.testing.assert_array_equal(score[:2, 1], before[:2, 1])
