@@ -6,6 +6,9 @@ python benchmarks/photos_of_one_thing.py --weights default --data coco:IMAGES:BO
 A photo of a beagle is searched for *dog*, which the proposal network knows, for *animal*, which is above what it knows,
 for *beagle* and *hound*, which it does not know, and for ten absent words of each kind. Once as the weights are, once
 without hyponyms and fallback (`open_fallback` 0).
+
+*Words above them* include kinds that are searched as the general word (*musician* as *person*): such a word counts as
+absent, and so as not silent, wherever a person is boxed.
 """
 
 from __future__ import annotations

@@ -380,7 +380,11 @@ class WordScorer(ManyWordsScorer):
         return Shown.joined([(np.flatnonzero(closed), one), (np.flatnonzero(~closed), other)])
 
     def closed_scores(self, regions: RegionSet) -> Floats:
-        """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any."""
+        """(R, C) scores by the best of the proposal network's words for each class; near 0 for a class without any.
+
+        At least the fallback: ``open_fallback · (open · (1 - best))^FALLBACK_POWER``, where ``open`` is the best open
+        score of the class's hyponyms in the region, and ``best`` the class's best score in the picture without it.
+        """
         assert regions.word_scores is not None
         c, word_RK = self.calibration, regions.word_scores
         head_RK = regions.head_probabilities(self.word_rows, scale=self.scale)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classes that are scored by words below them: a *rodent* is where a guinea pig or a hedgehog is. NumPy only.
+"""Classes that are scored by words below them: a *rodent* is where a guinea pig or a squirrel is. NumPy only.
 
 Shapes: R regions, F of them, C classes, H words of the training, B competitors, K words of the proposal network.
 """
@@ -46,8 +46,8 @@ class Hyponyms:
     """Classes and the words that are one of them.
 
     Attributes:
-        words: those that are needed.
-        members: (C, H) bool: words that are the class or below it.
+        words: those of the training that any class needs.
+        members: (C, their number) bool: of them, words that are the class or below it.
         highest: score of a class where a word of it scores 1.
         power: of the words' scores.
     """

@@ -150,6 +150,7 @@ def test_fit__scores_of_other_words_stay_where_no_photo_of_one_is_named() -> Non
         one = scene(index, rng)
         scenes.append(replace(one, regions=replace(one.regions, word_scores=known, bias=np.zeros(4, np.float32))))
     scorer = word_scorer([[True, False], [False, True], [False, False], [False, False]])
-    before = replace(scorer.calibration, open_slope=2.0, open_offset=3.0)
+    before = replace(scorer.calibration, open_slope=2.0, open_offset=3.0, open_fallback=0.4)
     fitted, _ = fit(TypedPhotos(scenes=scenes, named=[], scorer=replace(scorer, calibration=before)))
-    assert fitted.slope != before.slope and (fitted.open_slope, fitted.open_offset) == (2.0, 3.0)
+    assert fitted.slope != before.slope
+    assert (fitted.open_slope, fitted.open_offset, fitted.open_fallback) == (2.0, 3.0, 0.4)
