@@ -38,8 +38,7 @@ INDISTINCT_SHARE = 0.5
 """Factor on a word's score for a kind that cannot be distinguished from it (*woman* of person): half may be one."""
 FALLBACK_POWER = 3
 """Of the image embedding's score of a word that the proposal network does not find: only clear cases count. With 1, the
-average precision of all 80 words falls by .016 on scenes of ``val``, by the teachers' labels; with 3 by .003."""
-
+average precision of all 80 words falls by .018 on scenes of ``val``, by the teachers' labels; with 3 by .003."""
 SAME_WORD = 0.999
 """Cosine of two text embeddings from which they are of one word."""
 

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from ovd.modeling.export import DetectorCard, FinetunedCard
     from ovd.modeling.proposals.classes import ClassBranch
 
-TRUNK = ("csp.", "neck.")
 MIN_STEPS = 150
 AP50_TOLERANCE = 0.005
 """Of two sets of weights whose AP50 differs by less the later one is kept: its scores were trained for longer."""
@@ -62,7 +61,8 @@ class FinetuneTask(DetectionTask):
         top: int,
         trunk_lr_scale: float,
     ) -> None:
-        super().__init__(model=branch, pretrained_prefixes=TRUNK, pretrained_lr_scale=trunk_lr_scale)
+        trunk = tuple(f"{name}." for name, _ in branch.trunk.named_children())
+        super().__init__(model=branch, pretrained_prefixes=trunk, pretrained_lr_scale=trunk_lr_scale)
         self.branch, self.photos, self.held_out = branch, photos, held_out
         self.side, self.nms, self.top = side, nms, top
         self.best = copy.deepcopy(branch).requires_grad_(False)

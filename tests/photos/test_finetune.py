@@ -9,7 +9,7 @@ import re
 import shutil
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -28,11 +28,15 @@ from ovd.formats.shapes import labelled_pictures
 from ovd.formats.write import write_labels
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.scoring import Calibration, RegionSet
+from ovd.modeling.proposals.architecture import ARCHITECTURES, Arch
 from ovd.modeling.proposals.assign import PredictedBoxes, assign, class_losses
+from ovd.modeling.proposals.classes import ClassBranch
 from ovd.picture_files import PACKAGED_PHOTOS
+from ovd.training.finetune import FinetuneTask
 from ovd.training.negatives import negatives_of
 from ovd.weights import weights_folder
 from pretrain.data.coco import check_ground_truth
+from pretrain.engine.config import OptimConfig
 from pretrain.engine.errors import UserError
 
 COLOURS = {"blob": (220, 30, 30), "tile": (30, 60, 220)}
@@ -300,6 +304,20 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def find(detector: Detector, picture: np.ndarray, *words: str, threshold: float = 0.3) -> Detections:
     return detector.embed(picture).classify(list(words), threshold=threshold)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_finetune__the_whole_trunk_has_its_learning_rate(arch: Arch) -> None:
+    branch = ClassBranch(ARCHITECTURES[arch], classes=2)
+    photos = cast(FinetunePhotos, None)  # they are not looked at here
+    task = FinetuneTask(branch=branch, photos=photos, held_out=[], side=64, nms=0.6, top=100, trunk_lr_scale=0.25)
+    scales = {
+        id(parameter): group["lr_scale"]
+        for group in task.param_groups(OptimConfig(name="adamw", lr=0.001))
+        for parameter in group["params"]
+    }
+    assert {scales[id(parameter)] for parameter in branch.trunk.parameters()} == {0.25}
+    assert {scales[id(parameter)] for parameter in branch.heads.parameters()} == {1.0}
 
 
 def test_finetune__learns_new_classes_from_few_photos(learned: Path) -> None:
