@@ -96,7 +96,7 @@ class Lexicon:
     @cached_property
     def _by_name(self) -> dict[str, str]:
         """The meaning that a name is the most usual one of, else the first that has it."""
-        keys = {meaning.names[0]: key for key, meaning in reversed(self.meanings.items())}
+        keys = {meaning.names[0]: key for key, meaning in reversed([*self.meanings.items()])}
         for key, meaning in self.meanings.items():
             for name in meaning.names:
                 keys.setdefault(name, key)

@@ -173,7 +173,7 @@ def test_lexicon__shipped_one_joins_spellings() -> None:
     lexicon = read_lexicon()
     assert len(lexicon.imagenet) == 1000
     for one, other in [("tv", "television"), ("couch", "sofa"), ("cell phone", "mobile phone"),
-                       ("hair drier", "hair dryer"), ("remote", "remote control")]:  # fmt: skip
+                       ("hair drier", "hair dryer"), ("remote", "remote control"), ("toy", "plaything")]:  # fmt: skip
         assert lexicon.meaning(one) == lexicon.meaning(other) is not None
     assert {"dog", "animal"} <= set(lexicon.hypernyms("golden retriever"))
     assert lexicon.meaning("mouse") == lexicon.meaning("computer mouse")
@@ -182,7 +182,8 @@ def test_lexicon__shipped_one_joins_spellings() -> None:
 @pytest.mark.parametrize(
     ("noun", "above"),
     [("turtle", "reptile"), ("dolphin", "mammal"), ("cherry", "edible fruit"), ("onion", "vegetable"),
-     ("spices", "food"), ("sunflower", "plant"), ("glove", "clothing"), ("tube", "conduit"), ("entree", "food")],
+     ("spices", "food"), ("sunflower", "plant"), ("glove", "clothing"), ("tube", "conduit"), ("entree", "food"),
+     ("yo-yo", "plaything")],
 )  # fmt: skip
 def test_lexicon__shipped_one_has_the_meaning_that_photos_show(noun: str, above: str) -> None:
     """A turtle is no turtleneck; of a name that several meanings have, the one that it is the first name of."""
