@@ -26,6 +26,7 @@ from ovd.inference.crop_refinement import shrunk
 from ovd.inference.fvlm_regions import WordScorer
 from ovd.inference.hyponyms import best_of
 from ovd.inference.known_words import Phrases, WordList
+from ovd.inference.open_words import contradicting
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scoring import Calibration, RegionSet, competitive_probabilities
 from ovd.regions.crops import embed_regions
@@ -183,9 +184,7 @@ class CropClassifier(RegionModel):
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the background words come first among the competitors."""
         understood = [tuple(phrase for phrase in group if self.words.understands(phrase)) for group in phrases]
-        related_training = self.words.relations(understood).related
-        competitor_mask = np.ones((len(phrases), len(competitors)), dtype=bool)
-        competitor_mask[:, : related_training.shape[1]] = ~related_training
+        competitor_mask = contradicting(self.words.relations(understood).related, len(competitors))
         relations = self.proposal_words.relations(understood)
         return CropScorer(
             rows=rows,

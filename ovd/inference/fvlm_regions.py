@@ -26,7 +26,7 @@ from ovd.inference.fvlm_ensemble import EnsembleScorer, head_exponents
 from ovd.inference.hints import hint_of, unknown_word
 from ovd.inference.hyponyms import Hyponyms, TrainingWords, best_of
 from ovd.inference.known_words import Phrases, WordList
-from ovd.inference.open_words import CompetitorGroups, DistinctRows, OpenWords, distinct_rows
+from ovd.inference.open_words import CompetitorGroups, DistinctRows, OpenWords, contradicting, distinct_rows
 from ovd.inference.region_model import RegionModel
 from ovd.inference.scorers import PER_CLASS, ManyWordsScorer, Scorer, Shown, select_classes
 from ovd.inference.scoring import Calibration, RegionSet
@@ -190,8 +190,7 @@ class FvlmRegionModel(RegionModel):
     def scorer(self, rows: Floats, phrases: Phrases, competitors: Floats) -> Scorer:
         """See `RegionModel.scorer`; the training's words come first among the competitors."""
         training = self.training_words.relations(phrases)
-        competitor_mask = np.ones((len(phrases), len(competitors)), dtype=bool)
-        competitor_mask[:, : training.related.shape[1]] = ~training.related
+        competitor_mask = contradicting(training.related, len(competitors))
         if not self.proposal_words.words:
             return self._ensemble_scorer(rows, phrases, competitors, competitor_mask)
         relations = self.proposal_words.relations(phrases)

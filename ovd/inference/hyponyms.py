@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.inference.arrays import Floats
-from ovd.inference.open_words import CompetitorGroups, OpenWords
+from ovd.inference.open_words import CompetitorGroups, OpenWords, contradicting
 from ovd.inference.scoring import Calibration, RegionSet
 
 MIN_SCORE = 0.01
@@ -35,9 +35,7 @@ class TrainingWords:
 
     def scored(self, words: NDArray[np.int64], competitors: Floats, calibration: Calibration) -> OpenWords:
         """Some of the words, each scored against the (B, D) competitors that contradict it."""
-        mask = np.ones((len(words), len(competitors)), dtype=bool)
-        mask[:, : len(self.rows)] = ~self.related[words]
-        groups = CompetitorGroups.of(mask, self.known[words])
+        groups = CompetitorGroups.of(contradicting(self.related[words], len(competitors)), self.known[words])
         return OpenWords(rows=self.rows[words], competitors=competitors, groups=groups, calibration=calibration)
 
 

@@ -249,6 +249,18 @@ class OpenWords:
             return np.asarray(1 / (1 + np.exp(logit, out=logit)), np.float32)
 
 
+def contradicting(related_CH: NDArray[np.bool_], competitors: int) -> NDArray[np.bool_]:
+    """(C, B) bool: competitors that contradict each class: all but the related ones.
+
+    Args:
+        related_CH: whether the class is related to a word of the training; these come first among the competitors.
+        competitors: how many there are.
+    """
+    mask_CB = np.ones((len(related_CH), competitors), dtype=bool)
+    mask_CB[:, : related_CH.shape[1]] = ~related_CH
+    return mask_CB
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistinctRows:
     """The rows of a table, each once.
