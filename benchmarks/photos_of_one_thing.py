@@ -7,6 +7,9 @@ A photo of a beagle is searched for *dog*, which the proposal network knows, for
 for *beagle* and *hound*, which it does not know, and for ten absent words of each kind. Once as the weights are, once
 without hyponyms and fallback (`open_fallback` 0).
 
+Then words typed beside one above them (*flute*, *instrument*): how often a word that is in the photo names the box, how
+often one that is not, and both where the best score alone decides and the word above is typed first.
+
 *Words above them* include kinds that are searched as the general word (*musician* as *person*): such a word counts as
 absent, and so as not silent, wherever a person is boxed.
 """
@@ -24,11 +27,15 @@ from numpy.typing import NDArray
 from ovd.data.photo_words import WordTable
 from ovd.detector import Detector
 from ovd.evaluation.photo_calibration import photos_of
+from ovd.inference.arrays import Floats
 from ovd.inference.fvlm_regions import FvlmRegionModel, WordScorer
+from ovd.inference.postprocess import best_class_per_region, narrowest
 from ovd.vocabulary import Vocabulary
 from pretrain.engine.errors import UserError, run_cli
 
 ABSENT = 10
+SIBLINGS = 6
+"""Absent kinds of each word above."""
 
 
 def kinds_of(table: WordTable, is_closed: NDArray[np.bool_]) -> dict[str, set[int]]:
@@ -42,6 +49,37 @@ def kinds_of(table: WordTable, is_closed: NDArray[np.bool_]) -> dict[str, set[in
         "other words": set(every) - closed - general,
         "other words that are above some": general,
     }
+
+
+def name_of(score_C: Floats, kind_of_CC: NDArray[np.bool_], *, threshold: float) -> int:
+    """The class that names a region."""
+    score_RC = score_C[None]
+    candidates = best_class_per_region(score_RC, threshold=threshold)
+    return int(narrowest(candidates, score_RC, kind_of_CC, threshold=threshold).class_id[0])
+
+
+def named_beside_hypernyms(
+    score_RC: Floats, noun: int, table: WordTable, model: FvlmRegionModel, *, threshold: float, rng: np.random.Generator
+) -> list[tuple[bool, bool, bool]]:
+    """(in the photo, names the box, would by its score) of words, each typed with a word above that is shown."""
+    implied, out = set(table.implied[noun]), []
+    for above in sorted(implied):
+        region = score_RC[:, above].argmax()
+        if score_RC[region, above] < threshold:
+            continue
+        present = [word for word in implied if word != above and above in table.implied[word]]
+        siblings = [
+            word
+            for word in table.below[above]
+            if word not in implied and word not in table.below[noun] and noun not in table.implied[word]
+        ]
+        for word in (*present, *rng.permutation(siblings)[:SIBLINGS].tolist()):
+            kind_of_CC = model.kind_of([[table.words[above]], [table.words[word]]])
+            if kind_of_CC[1, 0]:
+                score_C = score_RC[region, [above, word]]
+                named = name_of(score_C, kind_of_CC, threshold=threshold)
+                out.append((word in implied, named == 1, bool(score_C.argmax() == 1)))
+    return out
 
 
 def main(argv: list[str]) -> int:
@@ -69,11 +107,21 @@ def main(argv: list[str]) -> int:
     kinds = kinds_of(table, np.asarray(scorer.hyponyms.any(axis=1)))
     shown: dict[tuple[str, str], list[bool]] = {}
     absent_shown: dict[tuple[str, str], list[bool]] = {}
+    beside: list[tuple[bool, bool, bool]] = []
     for index, photo in enumerate(photos.photos):
         if photo.noun is None:
             continue
         regions = detector.embed(photos.image(index)).regions
-        best = {name: one(regions).max(axis=0, initial=0) >= detector.threshold for name, one in scorers.items()}
+        scores = {name: one(regions) for name, one in scorers.items()}
+        best = {name: score_RC.max(axis=0, initial=0) >= detector.threshold for name, score_RC in scores.items()}
+        beside += named_beside_hypernyms(
+            scores["as it is"],
+            photo.noun,
+            table,
+            model,
+            threshold=detector.threshold,
+            rng=np.random.default_rng(index),
+        )
         labelled = {above for word in photo.words.tolist() for above in table.implied[word]}
         for kind, words in kinds.items():
             present = [word for word in table.implied[photo.noun] if word in words]
@@ -88,6 +136,12 @@ def main(argv: list[str]) -> int:
     for (kind, name), values in shown.items():
         silent = 1 - np.mean(absent_shown[kind, name])
         print(f"{kind + ', ' + name:44} {len(values):>6} {np.mean(values):>6.3f} {silent:>18.3f}")
+    for what, chosen in (("in the photo", True), ("not in it", False)):
+        named = np.array([row[1:] for row in beside if row[0] == chosen]).reshape(-1, 2)
+        print(
+            f"typed after a word above, {what}: {len(named)} words, "
+            f"{named[:, 0].mean():.3f} name the box, by their score alone {named[:, 1].mean():.3f}"
+        )
     return 0
 
 

@@ -162,6 +162,22 @@ class FvlmRegionModel(RegionModel):
         order = best_first(self.background_words[: len(words)] @ row).tolist()
         return list(islice((words[i] for i in order if words[i] in nouns), count))
 
+    def kind_of(self, phrases: Phrases) -> NDArray[np.bool_]:
+        """See `RegionModel.kind_of`.
+
+        Kinds of a word that the proposal network knows (*beagle* of *dog*, *woman* of *person*) are left out: the image
+        embedding is too often wrong about them in scenes. So are kinds of a fine-tuned class: its labels said what is
+        which.
+        """
+        same_or_below_CC = self.training_words.among(phrases)
+        kind_of_CC = same_or_below_CC.T & ~same_or_below_CC
+        for number, group in enumerate(phrases):
+            if any(self.proposal_words.is_one(phrase) for phrase in group):
+                kind_of_CC[:, number] = False
+            elif self.finetuned is not None and any(self.finetuned.has(phrase) for phrase in group):
+                kind_of_CC[:, number] = False
+        return kind_of_CC
+
     def prompt_free_words(self) -> PromptFreeWords:
         """The proposal network's words, and the training's nouns that are not hypernyms of them; one for each meaning.
 

@@ -195,6 +195,16 @@ class WordList:
                 self._cache.popitem(last=False)
         return relations
 
+    def among(self, phrases: Phrases) -> NDArray[np.bool_]:
+        """(C, C) bool: whatever is the class in the column is also the class in the row."""
+        of_phrase = [number for number, group in enumerate(phrases) for _ in group]
+        words = WordList(words=tuple(phrase for group in phrases for phrase in group), lexicon=self.lexicon)
+        same_or_below_CP = words.relations(phrases).same_or_below
+        among_CC = np.zeros((len(phrases), len(phrases)), dtype=bool)
+        for phrase, number in enumerate(of_phrase):
+            among_CC[:, number] |= same_or_below_CP[:, phrase]
+        return among_CC
+
     def _relate(self, phrases: Phrases) -> Relations:
         below, with_meaning, number_of = self._columns
         same = np.zeros((len(phrases), len(self.words)), dtype=bool)

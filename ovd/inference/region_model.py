@@ -75,6 +75,14 @@ class RegionModel(ABC):
         """Notes on how these classes are interpreted; arguments as those of `scorer`."""
         return ()
 
+    def kind_of(self, phrases: Sequence[Sequence[str]]) -> NDArray[np.bool_]:
+        """(C, C) bool: the class in the row is a kind of the class in the column, as *dog* is of *animal*.
+
+        Args:
+            phrases: of each class its name and synonyms; none for a class of examples.
+        """
+        return np.zeros((len(phrases), len(phrases)), dtype=bool)
+
     def prompt_free_words(self) -> PromptFreeWords:
         """The words of prompt-free detection; none without a card."""
         return PromptFreeWords.plain(() if self.card is None else self.card.classes)

@@ -22,6 +22,7 @@ from ovd.inference.postprocess import (
     NMS_IOU,
     Candidates,
     best_class_per_region,
+    narrowest,
     pairs_above,
     postprocess,
 )
@@ -91,12 +92,17 @@ class Regions:
         threshold, scorer = self.detector.threshold_for(query, threshold), self.detector.scorer(query)
         if query.prompt_free is None:
             shown = scorer.shown(self.regions, threshold=threshold)
-            select = best_class_per_region if one_class_per_region else pairs_above
-            candidates = select(shown.score_RS, threshold=threshold)
-            candidates = replace(candidates, class_id=shown.classes[candidates.class_id])
+            if one_class_per_region:
+                candidates = best_class_per_region(shown.score_RS, threshold=threshold)
+                kind_of = scorer.kind_of(shown.classes)
+                candidates = narrowest(candidates, shown.score_RS, kind_of, threshold=threshold)
+            else:
+                candidates = pairs_above(shown.score_RS, threshold=threshold)
             kept = postprocess(
                 self.regions.boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit
             )
+            kept = replace(kept, score=shown.score_RS[kept.region, kept.class_id])
+            kept = replace(kept, class_id=shown.classes[kept.class_id])[np.argsort(-kept.score, kind="stable")]
         else:  # such queries have no negatives
             scores = query.prompt_free.rescored(scorer(self.regions).score_RC)
             shown = Shown.of(scores, threshold=threshold)

@@ -270,6 +270,15 @@ class QueryScorer:
             return words.shown(regions, threshold=threshold)
         return self(regions).shown(threshold=threshold)
 
+    def kind_of(self, classes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(S, S) bool: of some of the classes, by number, which is a kind of which; see `RegionModel.kind_of`."""
+        wanted = [group for group, negative in zip(self.phrases, self.word_is_negative, strict=True) if not negative]
+        phrases: dict[int, list[str]] = {number: [] for number in classes.tolist()}
+        for group, number in zip(wanted, self.columns, strict=False):  # columns of examples come after those of words
+            if number in phrases:
+                phrases[number] += group
+        return self.model.kind_of(list(phrases.values()))
+
     def _of_words(self, chosen: NDArray[np.bool_], competitors: Floats) -> list[Scorer]:
         if not chosen.any():
             return []

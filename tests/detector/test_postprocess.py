@@ -17,6 +17,7 @@ from ovd.inference.postprocess import (
     best_class_per_region,
     best_pairs,
     best_per_class,
+    narrowest,
     pairs_above,
     postprocess,
     soft_nms,
@@ -131,3 +132,33 @@ def test_soft_nms__keeps_the_neighbour_that_nms_drops() -> None:
     np.testing.assert_allclose(decayed[:, 0], [0.9, 0.8 * math.exp(-(0.6**2) / 0.5), 0.7], rtol=1e-6)
     with pytest.raises(ValueError, match="above 0"):
         soft_nms(boxes, decayed, sigma=0)
+
+
+ANIMAL_DOG_BEAGLE = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0]], dtype=bool)
+"""Which class in the row is a kind of the one in the column."""
+
+
+@pytest.mark.parametrize(
+    ("scores", "name"),
+    [
+        ([0.8, 0.8, 0.5], 2),  # of two kinds in a line the last, step by step: .5 is more than half of .8
+        ([0.8, 0.8, 0.39], 1),  # less than half
+        ([0.8, 0.3, 0.3], 0),
+        ([0.8, 0.3, 0.45], 2),
+        ([0.3, 0.19, 0.0], 0),  # below the threshold
+        ([0.5, 0.9, 0.2], 1),  # the best is named whatever lies above it
+    ],
+)
+def test_narrowest__kind_with_half_the_score_names_the_box(scores: list[float], name: int) -> None:
+    score_RC = np.array([[0.0, 0.0, 0.0], scores], np.float32)
+    best = best_class_per_region(score_RC, threshold=0.2)
+    found = narrowest(best, score_RC, ANIMAL_DOG_BEAGLE, threshold=0.2)
+    assert found.class_id.tolist() == [name] and found.region.tolist() == [1]
+    assert found.score.tolist() == best.score.tolist() == [max(np.float32(scores))]
+
+
+def test_narrowest__unrelated_classes_stay() -> None:
+    score_RC = np.random.default_rng(0).random((20, 3)).astype(np.float32)
+    best = best_class_per_region(score_RC, threshold=0.2)
+    found = narrowest(best, score_RC, np.zeros((3, 3), bool), threshold=0.2)
+    assert found.class_id.tolist() == best.class_id.tolist()

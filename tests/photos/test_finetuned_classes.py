@@ -200,7 +200,10 @@ def replace_rows(larger: RegionSet, smaller: RegionSet) -> RegionSet:
 def test_finetuned_class__as_negative_removes_its_boxes() -> None:
     """*terrier* was added, and a person asks for "dog, -terrier": the box has one score, for both words."""
     scores = QueryScores(np.array([[0.8], [0.7], [0.0]], np.float32), np.array([[0.1], [0.7], [0.0]], np.float32))
-    scorer = SimpleNamespace(shown=lambda regions, *, threshold: scores.shown(threshold=threshold))
+    scorer = SimpleNamespace(
+        shown=lambda regions, *, threshold: scores.shown(threshold=threshold),
+        kind_of=lambda classes: np.zeros((len(classes), len(classes)), bool),
+    )
     detector = SimpleNamespace(threshold_for=lambda query, level: 0.3, scorer=lambda query: scorer)
     seen = Regions(regions=regions(0), key="", detector=cast(Detector, detector))
     found = seen.classify(Query(Vocabulary.parse("dog, -terrier")))

@@ -326,6 +326,38 @@ def test_training__exports_an_open_vocabulary_detector(trained: Path) -> None:
     assert alone.best[0] == pytest.approx(found.best[2], abs=1e-6)
 
 
+def test_naming__does_not_depend_on_the_order_of_related_words(trained: Path) -> None:
+    """A dog is as much an animal as a dog: the narrower word names the box, also if it is typed last."""
+    detector = Detector.load(trained / "run", regions=10)
+    names = set()
+    for seed in range(8):
+        seen = detector.embed(np.random.default_rng(seed).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+        first, last = (seen.classify(words, threshold=0.0) for words in (["bird", "animal"], ["animal", "bird"]))
+        assert first.class_name == last.class_name
+        np.testing.assert_array_equal(first.confidence, last.confidence)
+        assert (np.diff(first.confidence) <= 0).all()
+        names |= set(first.class_name)
+    assert "bird" in names
+
+
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        (["dog", "animal"], {("dog", "animal")}),
+        (["animal", "dog", "dogs"], {("dog", "animal"), ("dogs", "animal")}),
+        (["pet", "dog"], {("dog", "pet")}),  # a group of words
+        (["dog", "beagle"], set()),  # of a word that the proposal network knows
+        (["cat", "kitten"], set()),
+        (["dog", "cat"], set()),
+        (["dog", "brown dog"], set()),
+        (["zzyzx", "dog"], set()),
+    ],
+)
+def test_kinds__of_typed_classes(trained: Path, words: list[str], kinds: set[tuple[str, str]]) -> None:
+    kind_of = Detector.load(trained / "run").model.kind_of([[word] for word in words])
+    assert {(words[i], words[j]) for i, j in np.argwhere(kind_of)} == kinds
+
+
 def test_check__computes_no_cache_and_writes_nothing(trained: Path, tmp_path: Path) -> None:
     changed = [f"out={tmp_path}/run", f"cache={tmp_path}/cache", "--check"]
     assert ovd_train.main([*arguments(trained), *changed]) == 0
