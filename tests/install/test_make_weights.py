@@ -211,5 +211,9 @@ def test_photo_stages__are_commands_that_their_programs_take(
     (embed,) = (
         c for stage in photo.stages(photos, photos / "model.pdmodel") for c in stage.commands if "ovd.embed" in c
     )
+    assert loaded.data.not_things is None
+    (photos / "not_things.json").write_text('["kitchen"]')
+    (training,) = (stage for stage in photo.stages(photos, photos / "model.pdmodel") if stage.name == "vild")
+    assert f"data.not_things={photos / 'not_things.json'}" in training.commands[0]
     regions = load_config(EmbedConfig, embed[3], embed[4:])
     assert loaded.model.variant == "ensemble" and loaded.regions == regions.out
