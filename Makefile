@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PYTEST ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help demo wheel test test-all fuzz lint format weights weights-photo bench doctor setup setup-dev lock clean
+.PHONY: help demo wheel test test-all fuzz lint format weights weights-photo photos-named bench doctor setup setup-dev lock clean
 
 help:
 	@echo "make demo      serve the page on http://127.0.0.1:$(PORT) (PORT= to change); sets up without torch"
@@ -53,8 +53,12 @@ format: setup-dev
 weights: $(VENV)/.installed-rebuild
 	$(BIN)/python scripts/make_weights.py
 
-weights-photo: $(VENV)/.installed-rebuild
-	$(BIN)/python scripts/make_photo_weights.py "$(PHOTOS)"
+PICODET ?= picodet/model.pdmodel
+weights-photo: photos-named $(VENV)/.installed-rebuild
+	$(BIN)/python scripts/make_photo_weights.py "$(PHOTOS)" --picodet "$(PICODET)"
+
+photos-named:
+	@test -d "$(PHOTOS)" || { echo "error: name the folder of your photos: make weights-photo PHOTOS=FOLDER ('$(PHOTOS)' is none)" >&2; exit 2; }
 
 bench: setup-dev
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit $$?; done

@@ -29,7 +29,11 @@ class FinetuneDataConfig(Section):
 
     kind: Literal["auto", "coco", "yolo", "voc"] = Field("auto", description="label format; auto: recognised")
     images: str | None = Field(None, description="folder of the photos (coco, voc); null: looked for beside the labels")
-    annotations: str = Field(..., description="a COCO file, YOLO's data.yaml, or the folder of a data set")
+    annotations: str | tuple[str, ...] = Field(
+        ...,
+        description="a COCO file, YOLO's data.yaml, or the folder of a data set; or a list of them, joined by the "
+        "photos' files and the categories' names",
+    )
     part: str | None = Field(
         None, description="only photos of this part: train, val, …; null: train where there is one"
     )

@@ -184,7 +184,7 @@ def check_detectron2(
 def check_weights(root: Path | None = None) -> list[Finding]:
     """Every entry of the weights manifest, verified byte for byte."""
     root = weights_root() if root is None else root
-    restore = "restore them with `git checkout -- weights`, or rebuild them with `make weights`"
+    restore = "restore them with `git checkout -- weights`; unset OVD_WEIGHTS if it points elsewhere"
     try:
         entries = read_manifest(root)
     except UserError as error:

@@ -164,7 +164,10 @@ def read_manifest(root: Path | None = None) -> dict[str, Weights]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: not there. Shipped weights live beside it; `make weights` rebuilds them") from None
+        raise UserError(
+            f"{path}: not there. Shipped weights lie beside it: `git checkout -- weights` restores them; OVD_WEIGHTS "
+            "names another folder"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}). Restore it with `git checkout -- weights`") from error
     if not isinstance(raw, list):
@@ -208,7 +211,7 @@ def find_weights(name: str, root: Path | None = None) -> Weights:
     """
     entries = read_manifest(root)
     resolved = ALIASES.get(name, name)
-    if resolved not in entries and resolved != name:
+    if resolved not in entries and resolved in ALIASES.values():
         listed = ", ".join(entries) or "nothing"
         raise UserError(
             f"the default weights, {resolved}, are not in {root or weights_root()} (there is: {listed}). Restore them "
@@ -255,7 +258,7 @@ def weights_folder(name: str = "default", root: Path | None = None) -> Path:
     if wrong:
         raise UserError(
             f"weights '{weights.name}' are not as shipped:\n  " + "\n  ".join(wrong) + "\n"
-            "Restore them with `git checkout -- weights`, or rebuild them with `make weights`"
+            "Restore them with `git checkout -- weights`"
         )
     return weights.folder
 

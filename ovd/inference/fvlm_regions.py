@@ -152,9 +152,20 @@ class FvlmRegionModel(RegionModel):
                     why = "separate words with commas" if " and " in phrase else "the other words are ignored"
                     notices.append(f"{phrase!r} is searched as {head!r}: {why}")
                 elif len(group) == 1:
-                    english = self.training_words.is_english
-                    notices.append(unknown_word(phrase, self._nearest_nouns(row, count=3), english=english))
+                    notices.append(
+                        unknown_word(
+                            phrase,
+                            self._nearest_nouns(row, count=3),
+                            misspelt=self._misspelt(phrase),
+                            english=self.training_words.is_english,
+                        )
+                    )
         return tuple(notices)
+
+    def _misspelt(self, phrase: str) -> list[str]:
+        """Fine-tuned classes and words of the training that are spelt like a phrase."""
+        own = self.finetuned.words.misspelt(phrase) if self.finetuned else []
+        return list(dict.fromkeys([*own, *self.training_words.misspelt(phrase)]))
 
     def _nearest_nouns(self, row: Floats, *, count: int) -> list[str]:
         """Nouns of the training whose embeddings are nearest to (D,) ``row``, best first."""

@@ -159,13 +159,17 @@ def hint_of(word: str) -> str | None:
     return None
 
 
-def unknown_word(word: str, nearest: Sequence[str], *, english: bool) -> str:
+def unknown_word(word: str, nearest: Sequence[str], *, misspelt: Sequence[str] = (), english: bool) -> str:
     """The hint for a word that these weights were not trained on.
 
     Args:
-        nearest: words that they know, the nearest first.
+        nearest: words that they know, the nearest in meaning first.
+        misspelt: words that they know and that are spelt like it, the likeliest first.
         english: whether those are English.
     """
     if english and (hint := hint_of(word)) is not None:
         return hint
-    return f"{word!r} is not a word these weights were trained on; nearest known words: {', '.join(nearest)}"
+    unknown = f"{word!r} is not a word these weights were trained on"
+    if misspelt:  # of a misspelt word the embedding is noise, and so are the words that are nearest to it
+        return f"{unknown}; did you mean {' or '.join(misspelt)}?"
+    return f"{unknown}; nearest known words: {', '.join(nearest)}"

@@ -27,6 +27,7 @@ from ovd.inference.everyday import (
     STATES,
     SYNONYMS,
 )
+from ovd.inference.spelling import Spellings
 from pretrain.data.lexicon import Lexicon
 
 _MARKS = ' .,;:!?…。！？()[]{}<>«»"“”'
@@ -141,6 +142,16 @@ class WordList:
     def _named(self) -> frozenset[str]:
         """Names that are known without a lexicon."""
         return frozenset((*KINDS, *GROUPS, *self.words))
+
+    def misspelt(self, phrase: str) -> list[str]:
+        """Names that are spelt like a phrase without a meaning, or like its last word; empty where none is."""
+        phrase = folded(phrase)
+        return self._spellings.close_to(phrase) or self._spellings.close_to(phrase.split(" ")[-1])
+
+    @cached_property
+    def _spellings(self) -> Spellings:
+        everyday = (*SYNONYMS, *KINDS, *GROUPS, *IRREGULAR, *INDISTINCT, *COLLECTIVE) if self.is_english else ()
+        return Spellings(names=tuple(map(folded, (*self.words, *everyday))))
 
     def is_one(self, phrase: str) -> bool:
         """Whether a phrase, singular or plural, is one of the words or a synonym of one; not a kind or a group."""

@@ -72,12 +72,19 @@ class RCNNRegionModel(RegionModel):
         for word in unknown:
             near = best_first(self.background_words @ alone[word], 3)
             nearest = [self.card.background_words[i] for i in near.tolist()]
-            notices.append(unknown_word(word, nearest, english=self._words.is_english))
+            misspelt = self._all_words.misspelt(word)
+            notices.append(unknown_word(word, nearest, misspelt=misspelt, english=self._words.is_english))
         return tuple(notices)
 
     @cached_property
     def _words(self) -> WordList:
         return WordList(words=self.card.classes, lexicon=read_lexicon())
+
+    @cached_property
+    def _all_words(self) -> WordList:
+        """The classes of the training, and its background words."""
+        words = dict.fromkeys((*self.card.classes, *self.card.background_words))
+        return WordList(words=tuple(words), lexicon=self._words.lexicon)
 
     def _understands(self, word: str) -> bool:
         if word.casefold() in self._class_names:

@@ -188,21 +188,30 @@ def read_photos(config: FinetuneConfig) -> FinetunePhotos:
         UserError: labels that cannot be read, or nothing to learn from.
     """
     from ovd.data.finetune_photos import FinetunePhotos
+    from ovd.formats.join import join_labels
     from ovd.formats.read import read_labels
 
     data = config.data
-    require_exists(
-        data.annotations,
-        named=f"data.annotations: {data.annotations}",
-        give="a COCO .json, a YOLO data.yaml, or a folder of Pascal VOC's XML files",
-    )
-    labels = read_labels(
-        data.annotations,
-        kind=None if data.kind == "auto" else data.kind,
-        images=Path(data.images) if data.images else None,
-        part=data.part,
-        prefer=("train",),
-    )
+    files = (data.annotations,) if isinstance(data.annotations, str) else data.annotations
+    if not files:
+        raise UserError("data.annotations: an empty list; name one or several files of labels")
+    for file in files:
+        require_exists(
+            file,
+            named=f"data.annotations: {file}",
+            give="a COCO .json, a YOLO data.yaml, or a folder of Pascal VOC's XML files",
+        )
+    several = [
+        read_labels(
+            file,
+            kind=None if data.kind == "auto" else data.kind,
+            images=Path(data.images) if data.images else None,
+            part=data.part,
+            prefer=("train",),
+        )
+        for file in files
+    ]
+    labels = join_labels(several)
     return FinetunePhotos(folder=labels.root, truth=labels.truth(), confident=data.confident, doubtful=data.doubtful)
 
 

@@ -48,6 +48,8 @@ def read_encoder(spec: str | Path) -> tuple[JointEncoder, str]:
         folder = folder.parent
     if not folder.is_dir():
         raise UserError(f"no encoder at {folder}: expected a folder with config.json and model.safetensors")
+    if (folder / "model.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is a detector; give an encoder: its folder, or a name such as clip-photo")
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not an encoder folder: {name} is missing")

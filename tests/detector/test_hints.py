@@ -9,6 +9,7 @@ import pytest
 
 from ovd.inference.hints import LANGUAGES, english_of, hint_of, script_of, unknown_word
 from ovd.inference.known_words import WordList
+from ovd.inference.spelling import Spellings
 from pretrain.data.lexicon import read_lexicon
 
 
@@ -40,6 +41,33 @@ def test_hints__unknown_word_gets_the_nearest_known_words() -> None:
     assert said == "'blorple' is not a word these weights were trained on; nearest known words: ball, apple"
     # Weights that were trained on other words than English ones are not said to know English only.
     assert "English" not in unknown_word("Hund", ["Katze"], english=False)
+
+
+def test_hints__misspelt_word_is_asked_about() -> None:
+    said = unknown_word("bycicle", ["cicada"], misspelt=["bicycle"], english=True)
+    assert said == "'bycicle' is not a word these weights were trained on; did you mean bicycle?"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("bycicle", "bicycle"), ("umbrela", "umbrella"), ("chiar", "chair"), ("dogg", "dog"), ("poeple", "people"),
+     ("Golden_Retreiver", "golden retriever"), ("red bycicle", "bicycle"), ("sissors", "scissors"),
+     ("blorple", None), ("bicycle" * 15, None), ("dining", None), ("a", None), ("", None)],
+)  # fmt: skip
+def test_words__misspelt_name_is_recognised(typed: str, meant: str | None) -> None:
+    names = ("bicycle", "umbrella", "chair", "dog", "golden retriever", "scissors", "dining table")
+    found = WordList(words=names, lexicon=read_lexicon()).misspelt(typed)
+    assert meant in found if meant else found == []
+
+
+def test_words__misspelt_name_of_other_vocabularies_gets_their_words_alone() -> None:
+    assert WordList(words=("Thrombozyt", "RBC"), lexicon=read_lexicon()).misspelt("trombozyt") == ["thrombozyt"]
+    assert WordList(words=("Thrombozyt", "RBC"), lexicon=read_lexicon()).misspelt("poeple") == []
+
+
+@pytest.mark.parametrize("mistake", ["letter", "lettre", "leter", "lettter"])
+def test_spellings__one_mistake_of_each_kind_is_close(mistake: str) -> None:
+    assert Spellings(names=("letter", "window")).close_to(mistake) == ([] if mistake == "letter" else ["letter"])
 
 
 def test_hints__suggested_names_are_known_words() -> None:

@@ -160,6 +160,8 @@ def test_encoder_name__an_unknown_one_lists_what_there_is() -> None:
         resolve_encoder("ViT-B-32")
     with pytest.raises(UserError, match="no encoder 'clip-foto' - did you mean 'clip-photo'"):
         resolve_encoder("clip-foto")
+    with pytest.raises(UserError, match="vild-photo is a detector; give an encoder"):
+        load_encoder(detector_folder("vild-photo"))
 
 
 def test_user_files__follow_the_environment() -> None:

@@ -77,7 +77,15 @@ def test_coco_crops__largest_boxes_of_the_first_pictures(tmp_path: Path) -> None
 
 
 def test_coco_crops__too_few_annotations_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--examples 3: 'red' has boxes of 8 pixels in too few pictures; ask for fewer"):
+    with pytest.raises(
+        UserError, match="--examples 3: too few pictures have boxes of 8 pixels of 'red'.*; ask for .* --split"
+    ):
+        coco_crops(cells(tmp_path), tmp_path, count=3)
+    gt = cells(tmp_path)
+    gt["images"] = [image for image in gt["images"] if image["id"] == 4]
+    gt["annotations"] = [one for one in gt["annotations"] if one["image_id"] == 4]
+    few = "--examples 3: too few pictures have boxes of 8 pixels of 'red'.*; ask for fewer, .* --split"
+    with pytest.raises(UserError, match=few):
         coco_crops(cells(tmp_path), tmp_path, count=3)
     gt = cells(tmp_path)
     gt["images"] = [image for image in gt["images"] if image["id"] == 4]

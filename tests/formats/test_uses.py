@@ -19,10 +19,13 @@ from ovd.evaluation.labelled_scenes import labels_of
 from ovd.evaluation.model import read_data
 from ovd.evaluation.options import EvaluationOptions
 from ovd.evaluation.scene_calibration import fit_labels
+from ovd.formats.join import join_labels
+from ovd.formats.labels import Labels
 from ovd.training.inputs import labelled_images
+from pretrain.data.coco import GroundTruth, check_ground_truth
 from pretrain.engine.errors import UserError
 from tests.detector.fakes import make_detector, picture
-from tests.formats.cases import make_coco
+from tests.formats.cases import PARTS, coco_content, make_coco
 
 
 @pytest.fixture
@@ -49,6 +52,38 @@ def test_training__gets_the_same_pictures_boxes_and_classes(kind: str, sets: dic
         assert (one.image == other.image).all()
         assert np.abs(one.boxes - other.boxes).max() <= 0.5
         assert [images.names[i] for i in one.classes] == [reference.names[i] for i in other.classes]
+
+
+def test_join__pictures_by_file_and_categories_by_name(tmp_path: Path) -> None:
+    whole = coco_content()
+    animals = {**whole, "annotations": [one for one in whole["annotations"] if one["category_id"] == 1]}
+    cells = json.loads(json.dumps(whole))  # numbers pictures and categories its own way
+    cells["annotations"] = [one for one in cells["annotations"] if one["category_id"] != 1]
+    for image in cells["images"]:
+        image["id"] += 40
+        del image["split"]
+    for one in cells["annotations"]:
+        one["image_id"] += 40
+        one["category_id"] = {2: 9, 3: 1}[one["category_id"]]
+    cells["categories"] = [{"id": 9, "name": "Red Cell"}, {"id": 1, "name": whole["categories"][2]["name"]}]
+    parts = [
+        Labels(content=animals, root=tmp_path, kind="coco", where="animals.json"),
+        Labels(content=cells, root=tmp_path / "sub", kind="coco", where="cells.json"),
+    ]
+    for image in cells["images"]:  # the same files, from another folder
+        image["file_name"] = f"../{image['file_name']}"
+    joined = join_labels(parts)
+    assert joined.root == tmp_path.resolve() and [i["split"] for i in joined.content["images"]] == [*PARTS.values()]
+    truth, reference = joined.truth(), check_ground_truth(whole)
+    assert list(truth.files.values()) == list(reference.files.values())
+
+    def boxes(of: GroundTruth) -> list[tuple[object, ...]]:
+        return sorted((of.files[a["image_id"]], of.categories[a["category_id"]], *a["bbox"]) for a in of.annotations)
+
+    assert boxes(truth) == boxes(reference)  # "Red Cell" is the category of the first file, "red cell"
+    cells["images"][0]["width"] += 1
+    with pytest.raises(UserError, match=r"cells\.json: a\.jpg has 81 × 60 pixels, in another label file 80 × 60"):
+        join_labels(parts)
 
 
 @pytest.mark.parametrize("kind", ["yolo", "voc", "auto"])

@@ -165,6 +165,16 @@ def test_stages__every_config_exists(script: ModuleType) -> None:
     assert named and all((configs / name).is_file() for name in named)
 
 
+def test_photo_stages__picodet_is_looked_for_where_the_guide_puts_it(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = load("make_photo_weights", monkeypatch)
+    unpacked = f"-d {photo.PICODET.parent}"
+    for page in ("docs/guide/photographs.md", "docs/guide/proposals.md", "scripts/convert_picodet.py"):
+        text = (SCRIPT.parents[1] / page).read_text(encoding="utf-8")
+        assert unpacked in text and f"convert_picodet.py {photo.PICODET}" in text
+
+
 def test_photo_stages__are_commands_that_their_programs_take(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +192,14 @@ def test_photo_stages__are_commands_that_their_programs_take(
         (photos / name).write_text("{}")
     monkeypatch.setattr(photo, "ROOT", tmp_path)
     monkeypatch.setenv("OVD_WEIGHTS", "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert photo.main([str(photos), "--list"]) == 2
+    assert "PicoDet comes from a Python package" in capsys.readouterr().err
+    (tmp_path / photo.CONVERTED).parent.mkdir(parents=True)
+    (tmp_path / photo.CONVERTED).write_text("{}")  # converted before: its file is no longer needed
+    assert photo.main([str(photos), "--list"]) == 0
+    (tmp_path / photo.CONVERTED).unlink()
+    capsys.readouterr()
     assert photo.main([str(photos), "--picodet", str(photos / "model.pdmodel"), "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 8
     trainings = [stage.commands[0] for stage in photo.stages(photos, photos / "model.pdmodel") if stage.run is not None]
@@ -193,5 +211,9 @@ def test_photo_stages__are_commands_that_their_programs_take(
     (embed,) = (
         c for stage in photo.stages(photos, photos / "model.pdmodel") for c in stage.commands if "ovd.embed" in c
     )
+    assert loaded.data.not_things is None
+    (photos / "not_things.json").write_text('["kitchen"]')
+    (training,) = (stage for stage in photo.stages(photos, photos / "model.pdmodel") if stage.name == "vild")
+    assert f"data.not_things={photos / 'not_things.json'}" in training.commands[0]
     regions = load_config(EmbedConfig, embed[3], embed[4:])
     assert loaded.model.variant == "ensemble" and loaded.regions == regions.out

@@ -117,8 +117,15 @@ def test_manifest__a_malformed_one_is_refused(tmp_path: Path, manifest: str, mes
 
 
 def test_manifest__a_missing_one_says_how_to_get_weights(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="make weights"):
+    with pytest.raises(UserError, match="git checkout -- weights"):  # make weights would rebuild only the stickers'
         weights_folder("default", tmp_path)
+
+
+def test_find__default_detector_by_its_own_name_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[]")
+    for name in ("default", "vild-photo"):
+        with pytest.raises(UserError, match="the default weights, vild-photo, are not in .*git checkout -- weights"):
+            weights_folder(name, tmp_path)
 
 
 def test_add__in_a_checkout_of_somebody_else_writes_to_the_users_folder(

@@ -378,6 +378,25 @@ def test_labels__yolo_is_read_and_checked(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "run").exists()
 
 
+def test_labels__several_files_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = write_photos(tmp_path / "photos", THINGS)
+    content = json.loads(labels.read_text())
+    halves = []
+    for half in (content["images"][:3], content["images"][3:]):  # each numbers its photos from 1
+        number = {image["id"]: n for n, image in enumerate(half, 1)}
+        mine = [{**a, "image_id": number[a["image_id"]]} for a in content["annotations"] if a["image_id"] in number]
+        images = [{**image, "id": number[image["id"]]} for image in half]
+        halves.append(labels.with_name(f"half{len(halves)}.json"))
+        halves[-1].write_text(json.dumps({**content, "images": images, "annotations": mine}))
+    given = [*arguments(labels, tmp_path / "run"), f"data.annotations=[{halves[0]}, {halves[1]}]"]
+    assert ovd_train.main([*given, "--check"]) == 0
+    assert "5 photos to learn from, 1 held out; classes: blob, tile" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.annotations: an empty list"):
+        ovd_train.main([*given, "data.annotations=[]", "--check"])
+    with pytest.raises(UserError, match=r"data\.annotations: .*gone\.json: no such file"):
+        ovd_train.main([*given, f"data.annotations=[{halves[0]}, {tmp_path / 'gone.json'}]", "--check"])
+
+
 def test_labels__missing_file_is_named_by_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.annotations: .*gone\.json: no such file or folder; give a COCO \.json"):
         ovd_train.main([*arguments(tmp_path / "gone.json", tmp_path / "run"), "--check"])
