@@ -389,7 +389,7 @@ def test_photographs__regions_are_embedded_on_the_gpu() -> None:
     network = build_proposal_detector(ranking="words", nms=0.6, pre_nms=100, post_nms=20)
     with pretend_cuda():
         proposer = PhotoProposer(model=to_cuda(network), sides=(64,), precision=torch.float32)
-        conse = RegionConse(ConseConfig(name="tf_efficientnet_lite0", side=64), embed_dim=8, precision=torch.float32)
+        conse = RegionConse(ConseConfig(name="tf_efficientnet_lite0", side=64), embed_dim=8)
         detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=to_cuda(conse)).eval()
         to_cuda(detector.tower)
         to_cuda(detector)

@@ -71,7 +71,8 @@ def _load_fvlm(
     from ovd.modeling.fvlm.network import load_fvlm, proposal_words
     from pretrain.data.lexicon import read_lexicon
 
-    model, background_words = load_fvlm(folder, card, encoder or load_encoder_of(folder, card), device=device)
+    encoder = encoder or load_encoder_of(folder, card)
+    model, background_words = load_fvlm(folder, card, encoder, device=device, fold=True)
     lexicon = read_lexicon()
     finetuned = load_finetuned(folder, card.finetuned, lexicon=lexicon, device=device)
     config = card.architecture

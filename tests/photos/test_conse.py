@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from ovd import train as ovd_train
 from ovd.config_fvlm import ConseConfig
 from ovd.detector import Detector
+from ovd.inference.encoder import load_encoder_of
 from ovd.inference.scoring import Deferred, RegionSet
+from ovd.modeling.export import read_card
 from ovd.modeling.fvlm.conse import RegionConse
+from ovd.modeling.fvlm.network import load_fvlm
 from ovd.modeling.fvlm.tower import FrozenTower
 from ovd.runtime.export import export_onnx
 from ovd.runtime.files import sources_of
@@ -29,6 +32,7 @@ from pretrain.config_photos import ConseShare, TimmTower
 from pretrain.engine.checkpoint import load_weights
 from pretrain.engine.errors import UserError
 from pretrain.nets import imagenet
+from pretrain.nets.batch_norm import fold_batch_norms
 from pretrain.nets.conse import ConseProjection, conse_embedding
 from pretrain.nets.encoders import load_encoder
 from pretrain.nets.timm_tower import TimmImage
@@ -161,7 +165,7 @@ def test_conse__network_must_have_imagenets_classes(folder: Path, root: Path, ch
 def test_region_conse__pools_logits_by_area() -> None:
     """Against every pixel of the box counted one by one, in a map enlarged to the picture."""
     torch.manual_seed(0)
-    conse = RegionConse(ConseConfig(name=NAME, side=96), embed_dim=4, precision=torch.float32)
+    conse = RegionConse(ConseConfig(name=NAME, side=96), embed_dim=4)
     conse.words_KD.copy_(F.normalize(torch.randn(conse.words_KD.shape), dim=1))
     pixels = torch.randn(1, 3, 64, 96)
     boxes = torch.tensor([[0.0, 0, 96, 64], [10, 5, 40, 60], [64, 32, 96, 64], [33, 33, 34, 34]])
@@ -169,6 +173,37 @@ def test_region_conse__pools_logits_by_area() -> None:
     for row, box in zip(conse(pixels, boxes), boxes.int().tolist(), strict=True):
         features = enlarged[:, box[1] : box[3], box[0] : box[2]].mean((1, 2))
         torch.testing.assert_close(row, conse.classifier(features).softmax(0) @ conse.words_KD, rtol=1e-4, atol=1e-5)
+
+
+def test_batch_norms__folded_are_the_same_function(network: nn.Module) -> None:
+    network = copy.deepcopy(network).eval()
+    for norm in (part for part in network.modules() if isinstance(part, nn.BatchNorm2d)):
+        for values, low in ((norm.running_mean, -0.1), (norm.running_var, 0.5), (norm.weight, 0.5), (norm.bias, -0.1)):
+            assert values is not None
+            nn.init.uniform_(values, low, low + 0.5)
+    pixels = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = network(pixels)
+        fold_batch_norms(network)
+        torch.testing.assert_close(network(pixels), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in network.modules())
+
+
+def test_batch_norms__without_a_convolution_before_are_refused() -> None:
+    parts = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="2: a batch norm that does not follow a convolution"):
+        fold_batch_norms(parts.eval())
+
+
+def test_folded__tower_and_conse_give_the_same_regions(trained: Path) -> None:
+    folder = trained / "run/exported"
+    card = read_card(folder)
+    encoder, picture = load_encoder_of(folder, card), np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 30.0], [0.0, 0.0, 64.0, 48.0]])
+    plain, folded = (load_fvlm(folder, card, encoder, precision=torch.float32, fold=fold)[0] for fold in (False, True))
+    torch.testing.assert_close(folded.tower.pooled(picture, boxes), plain.tower.pooled(picture, boxes))
+    assert any(isinstance(part, nn.BatchNorm2d) for part in plain.tower.modules())
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.tower.modules())
 
 
 def test_open_embedding__follows_a_certain_classifier_only() -> None:

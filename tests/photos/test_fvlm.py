@@ -14,6 +14,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import roi_align
 
 from ovd import Detector, calibrate
 from ovd import train as ovd_train
@@ -31,7 +32,7 @@ from ovd.inference.scoring import Calibration, RegionSet
 from ovd.modeling.fvlm.criterion import WordCriterion
 from ovd.modeling.fvlm.head import FrozenFeatureHead
 from ovd.modeling.fvlm.network import FvlmDetector
-from ovd.modeling.fvlm.tower import FrozenTower
+from ovd.modeling.fvlm.tower import FrozenTower, averages
 from ovd.modeling.proposals.build import PROPOSAL_WORDS, PhotoProposer
 from pretrain.config import CbowTower, EncoderConfig
 from pretrain.data.lexicon import read_lexicon
@@ -202,6 +203,13 @@ def test_tower__whole_picture_box_equals_the_encoders_embedding(encoder: JointEn
         whole = torch.nn.functional.normalize(encoder.encode_image(pixels), dim=1)
     cosine = tower.embed(features) @ whole.T
     assert float(cosine[0]) > 0.99 > float(cosine[1])
+
+
+def test_averages__are_roi_aligns() -> None:
+    last, boxes = torch.randn(1, 40, 5, 7), torch.tensor([[0.0, 0, 224, 160], [10, 20, 31, 150], [100, 3, 101, 4]])
+    expected = roi_align(last, [boxes], 1, 1 / 32, sampling_ratio=0, aligned=True).flatten(1)
+    torch.testing.assert_close(averages(last, boxes), expected)
+    assert averages(last, boxes[:0]).shape == (0, 40)
 
 
 def test_tower__of_another_kind_is_refused(encoder: JointEncoder) -> None:

@@ -27,6 +27,7 @@ from pretrain.config_photos import WordsLoss
 from pretrain.data.lexicon import read_lexicon
 from pretrain.engine.errors import UserError
 from pretrain.engine.state import load_tensors
+from pretrain.nets.batch_norm import fold_batch_norms
 from pretrain.nets.conse import conse_targets
 from pretrain.nets.imagenet import PIXEL_MEAN, PIXEL_STD, read_imagenet
 from pretrain.nets.timm_tower import PARTS, create_efficientnet
@@ -43,31 +44,28 @@ class RegionConse(nn.Module):
     Args:
         config: which network, and the size of a picture in it.
         embed_dim: D.
-        precision: of its convolutions; bfloat16 takes half the time of float32 on a CPU that has it.
     """
 
     words_KD: Tensor
 
-    def __init__(self, config: ConseConfig, *, embed_dim: int, precision: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, config: ConseConfig, *, embed_dim: int) -> None:
         super().__init__()
         network = create_efficientnet(config.name, key="model.conse.name")
         self.trunk = nn.Sequential(*(network.get_submodule(part) for part in PARTS))
         self.classifier = cast(nn.Linear, network.get_submodule("classifier"))
         self.register_buffer("words_KD", torch.zeros(self.classifier.out_features, embed_dim))
-        self.side, self.precision = config.side, precision
+        self.side, self.precision = config.side, torch.float32
         self.requires_grad_(False).eval()
-        self.trunk.to(precision).to(memory_format=torch.channels_last)
+        self.trunk.to(memory_format=torch.channels_last)
 
     @classmethod
     def from_package(cls, config: ConseConfig, encoder: JointEncoder) -> RegionConse:
         """The network of an installed package, with the words of its classes in the encoder's space.
 
-        In single precision: bfloat16 would round what is saved of it.
-
         Raises:
             UserError: the package is missing or holds another network.
         """
-        conse = cls(config, embed_dim=encoder.embed_dim, precision=torch.float32)
+        conse = cls(config, embed_dim=encoder.embed_dim)
         network = read_imagenet(config.package, config.name, key="model.conse")
         for mine, part in zip((*conse.trunk, conse.classifier), (*PARTS, "classifier"), strict=True):
             mine.load_state_dict(network.get_submodule(part).state_dict())
@@ -79,6 +77,22 @@ class RegionConse(nn.Module):
             )
         conse.words_KD.copy_(words_KD)
         return conse
+
+    def prepare(self, precision: torch.dtype, *, fold: bool) -> RegionConse:
+        """Make it fast, after its weights were read: a saved one would hold what is left of them.
+
+        Args:
+            precision: of its convolutions; bfloat16 takes half the time of float32 on a CPU that has it.
+            fold: fold batch norms into convolutions.
+
+        Returns:
+            itself.
+        """
+        if fold:
+            fold_batch_norms(self.trunk)
+        self.trunk.to(precision)
+        self.precision = precision
+        return self
 
     def train(self, mode: bool = True) -> RegionConse:
         """Always in eval mode."""
@@ -128,14 +142,19 @@ def save_conse(folder: Path, conse: RegionConse) -> None:
 
 
 def load_conse(
-    folder: Path, config: ConseConfig, *, embed_dim: int, precision: torch.dtype = torch.bfloat16
+    folder: Path,
+    config: ConseConfig,
+    *,
+    embed_dim: int,
+    precision: torch.dtype = torch.bfloat16,
+    fold: bool = False,
 ) -> RegionConse:
-    """The network of an exported detector's folder.
+    """The network of an exported detector's folder; `precision` and `fold` as in `RegionConse.prepare`.
 
     Raises:
         UserError: no such file, or one of another network.
     """
     tensors = read_part(folder / FILE, file_format=FORMAT)
-    conse = RegionConse(config, embed_dim=embed_dim, precision=precision)
+    conse = RegionConse(config, embed_dim=embed_dim)
     load_tensors(conse, tensors, source=folder / FILE)
-    return conse
+    return conse.prepare(precision, fold=fold)

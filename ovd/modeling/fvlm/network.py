@@ -113,14 +113,20 @@ def build_fvlm(
     encoder: JointEncoder,
     conse: RegionConse | None = None,
     precision: torch.dtype = torch.bfloat16,
+    fold: bool = False,
 ) -> FvlmDetector:
-    """The detector with a head of random weights; ``precision``: of the image tower.
+    """The detector with a head of random weights; `precision` and `fold` are the image tower's.
 
     Raises:
         UserError: the encoder has no image tower of timm.
     """
     tower = FrozenTower(
-        encoder, side=config.side, pool=config.head.pool, context=config.head.context, precision=precision
+        encoder,
+        side=config.side,
+        pool=config.head.pool,
+        context=config.head.context,
+        precision=precision,
+        fold=fold,
     )
     head = FrozenFeatureHead(
         features=tower.features,
@@ -159,6 +165,7 @@ def load_fvlm(
     *,
     device: str = "cpu",
     precision: torch.dtype = torch.bfloat16,
+    fold: bool = False,
 ) -> tuple[FvlmDetector, Tensor]:
     """(detector in eval mode, (B, D) embeddings of the background words) of an exported folder.
 
@@ -169,6 +176,8 @@ def load_fvlm(
         device: where it runs.
         precision: of proposal network and image tower, weights too: bfloat16 rounds the stored half precision, float32
             holds it exactly.
+        fold: fold the image tower's and ConSE's batch norms into their convolutions: faster; not for an export, which
+            names the stored weights.
 
     Raises:
         UserError: missing files, or tensors that do not fit the card.
@@ -179,8 +188,9 @@ def load_fvlm(
     proposer = load_proposals(folder / PROPOSALS, device=device, precision=precision)
     conse = None
     if config.conse is not None:
-        conse = load_conse(folder, config.conse, embed_dim=encoder.embed_dim, precision=precision).to(device)
-    detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=conse, precision=precision)
+        conse = load_conse(folder, config.conse, embed_dim=encoder.embed_dim, precision=precision, fold=fold)
+        conse.to(device)
+    detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=conse, precision=precision, fold=fold)
     state, background_words = exported_tensors(folder, card)
     load_exported(detector, state, folder)
     detector.tower.to(device)

@@ -18,6 +18,7 @@ from torchvision.ops import roi_align
 
 from ovd.pictures import resized
 from pretrain.engine.errors import UserError
+from pretrain.nets.batch_norm import fold_batch_norms
 from pretrain.nets.timm_tower import TimmImage
 from pretrain.nets.towers import JointEncoder
 
@@ -73,6 +74,7 @@ class FrozenTower(nn.Module):
         pool: RoIAlign output side on the maps of strides 16 and 32.
         context: factor on the box in which the last map is pooled once more.
         precision: bfloat16 takes half the time of float32 on a CPU that has it.
+        fold: fold batch norms into convolutions: the same maps up to rounding, in less time.
 
     Raises:
         UserError: the encoder has another image tower.
@@ -86,6 +88,7 @@ class FrozenTower(nn.Module):
         pool: int,
         context: float,
         precision: torch.dtype = torch.bfloat16,
+        fold: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(encoder.visual, TimmImage):
@@ -106,7 +109,10 @@ class FrozenTower(nn.Module):
         self.register_buffer("mean", 255 * mean, persistent=False)
         self.register_buffer("std", 255 * std, persistent=False)
         self.requires_grad_(False).eval()
-        for part in (self.stem, self.stages, self.top):  # once, not at every picture as autocast would
+        for part in (self.stem, self.stages, self.top):
+            if fold:
+                fold_batch_norms(part)
+            # once, not at every picture as autocast would
             part.to(precision).to(memory_format=torch.channels_last)
 
     @property
@@ -159,21 +165,25 @@ class FrozenTower(nn.Module):
         around = torch.cat([centre - self.context * half, centre + self.context * half], dim=1)
         limit = boxes.new_tensor([image.shape[1] * scale_x, image.shape[0] * scale_y]).repeat(2)
         around = torch.minimum(around.clamp_min(0), limit)
-        # The last map is averaged over all its cells in the box, as the encoder's own pooling averages over a crop's.
-        pools = [  # map, boxes, side, stride, samples per cell and axis
-            (maps.fine, boxes, self.pool, FINE, 2),
-            (maps.coarse, boxes, self.pool, COARSE, 2),
-            (maps.last, boxes, 1, COARSE, 0),
-            (maps.last, around, 1, COARSE, 0),
-        ]
-        return torch.cat(
-            [
-                roi_align(values.float(), [where], side, 1 / stride, sampling_ratio=samples, aligned=True).flatten(1)
-                for values, where, side, stride, samples in pools
-            ],
-            dim=1,
+        fine, coarse = (
+            roi_align(values.float(), [boxes], self.pool, 1 / stride, sampling_ratio=2, aligned=True).flatten(1)
+            for values, stride in ((maps.fine, FINE), (maps.coarse, COARSE))
         )
+        inside, outside = averages(maps.last.float(), torch.cat([boxes, around])).chunk(2)
+        return torch.cat([fine, coarse, inside, outside], dim=1)
 
     def embed(self, features_PF: Tensor) -> Tensor:
         """(P, D) unit rows: the encoder's own projection of the last map in the box (F-VLM, section 3.2)."""
         return F.normalize(self.proj(features_PF[:, -2 * self.width : -self.width].float()), dim=1)
+
+
+def averages(last: Tensor, boxes_P4: Tensor) -> Tensor:
+    """(P, C) RoIAlign of side 1 on a (1, C, h, w) map of stride 32, over all its cells in a box.
+
+    So the encoder's own pooling averages over a crop's. RoIAlign is linear: the shares of the cells are pooled, fewer
+    than the channels.
+    """
+    height, width = last.shape[2:]
+    cells = torch.eye(height * width, device=last.device).view(1, -1, height, width)
+    share_PS = roi_align(cells, [boxes_P4], 1, 1 / COARSE, sampling_ratio=0, aligned=True).flatten(1)
+    return share_PS @ last[0].flatten(1).T

@@ -244,9 +244,10 @@ class PicoHead(nn.Module):
 
 def geometric_mean(one: Tensor, other: Tensor) -> Tensor:
     """The logit of √(σ(one)·σ(other)), in single precision."""
-    # log of the mean, kept below 0, where its logit would be infinite; ONNX has no expm1
-    log = ((F.logsigmoid(one.float()) + F.logsigmoid(other.float())) / 2).clamp_max(-1e-6)
-    return log - torch.log(1 - log.exp())
+    # The mean's inverse is √(1 + exp(-one)) · √(1 + exp(-other)), kept above 1, where the logit is infinite. Logits are
+    # kept above -80, before exp overflows.
+    one, other = ((1 + logit.float().clamp_min(-80).neg().exp()).sqrt() for logit in (one, other))
+    return -torch.log((one * other - 1).clamp_min(1e-6))
 
 
 class PicoDet(nn.Module):
