@@ -42,6 +42,7 @@ LIGHT_PACKAGES = (
     "pydantic",
     "pyyaml",
     "safetensors",
+    "threadpoolctl",
     "gradio",
 )
 PACKAGES = ("torch", "torchvision", *LIGHT_PACKAGES, "scipy", "open_clip_torch", "fvcore")

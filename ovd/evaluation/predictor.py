@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ovd.data.splits import Split
 from ovd.detections import CocoResult, paste_mask
-from ovd.inference.arrays import Floats, best_first
+from ovd.inference.arrays import Floats, best_first, one_blas_thread
 from ovd.inference.ensemble import FIXED_TEXT_WEIGHT, text_exponents
 from ovd.inference.postprocess import (
     MAX_DETECTIONS,
@@ -79,7 +79,8 @@ class Predictor:
         if not columns:
             return []
         regions = self.detector.embed(image).regions
-        score_RC = self.scorer(regions)[:, columns]
+        with one_blas_thread:
+            score_RC = self.scorer(regions)[:, columns]
         chosen = self._chosen(regions.boxes, score_RC)
         drawn = set() if regions.masks is None else set(chosen.region.tolist())
         segmentations = {region: region_rle(regions, region) for region in drawn}

@@ -8,8 +8,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 Floats = NDArray[np.float32]
+
+one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+"""Keeps OpenBLAS, or what else NumPy was built with, at one thread: a decorator, or a context.
+
+After a product OpenBLAS's threads go on spinning for some milliseconds and take the processor from the network that
+looks at the next picture: on two cores a photo takes 1.7 times as long (`benchmarks/bench_photo.py`). The products of
+one picture are small.
+"""
 
 
 def as_array(values: Any) -> NDArray[Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ovd.inference.arrays import best_first
+from ovd.inference.arrays import best_first, one_blas_thread
 
 if TYPE_CHECKING:
     from ovd.inference.region_model import RegionModel
@@ -102,6 +102,7 @@ def is_everything(classes: object) -> bool:
     return isinstance(classes, str) and classes.strip().casefold() == EVERYTHING
 
 
+@one_blas_thread
 def nearest_words(model: RegionModel, regions: RegionSet, rows: Iterable[int], *, count: int = 3) -> list[list[str]]:
     """For each of some regions, the nearest prompt-free words by text embedding, best first.
 

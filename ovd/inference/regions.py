@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ovd.detections import Detections
+from ovd.inference.arrays import one_blas_thread
 from ovd.inference.everything import PROMPT_FREE_CROSS_CLASS_IOU, PromptFreeWords
 from ovd.inference.postprocess import (
     CROSS_CLASS_IOU,
@@ -52,6 +53,7 @@ class Regions:
     def __len__(self) -> int:
         return len(self.regions)
 
+    @one_blas_thread
     def scores(self, query: Query | Vocabulary) -> QueryScores:
         """Score all regions.
 
@@ -61,6 +63,7 @@ class Regions:
         query = Query(query) if isinstance(query, Vocabulary) else query
         return self.detector.scorer(query)(self.regions)
 
+    @one_blas_thread
     def classify(
         self,
         vocabulary: Query | Vocabulary | str | Iterable[str] | None = None,

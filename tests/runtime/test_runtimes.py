@@ -38,6 +38,7 @@ from ovd.runtime.files import (
     graphs_of,
 )
 from ovd.runtime.halve import HALF_FROM
+from ovd.runtime.session import open_session
 from ovd.weights import detector_folder, read_model_card
 from pretrain.engine.errors import UserError
 from tests.detector.test_locks import sent
@@ -142,6 +143,12 @@ def without_torch(*argv: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     command = [sys.executable, "-c", WITHOUT, *argv]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_session__threads_do_not_spin_after_a_run(exported: Path) -> None:
+    """Else the threads of one network take the processor from the next one."""
+    options = open_session(exported / "text.onnx").get_session_options()  # type: ignore[attr-defined]
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_onnxruntime__stores_no_identifier_of_the_machine(exported: Path, tmp_path: Path) -> None:
