@@ -28,6 +28,7 @@ def main() -> None:
     print(json.dumps({"parameters": sum(p.numel() for p in network.parameters())}), flush=True)
     for line in sys.stdin:
         file = line.strip()
+        torch.set_num_threads(threads)  # its first prediction sets another number
         start = time.perf_counter()
         found = model.predict(file, imgsz=(480, 640), device="cpu", verbose=False, save=False)
         seconds = time.perf_counter() - start

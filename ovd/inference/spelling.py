@@ -21,6 +21,9 @@ SHORTEST = 3
 """Letters of a word; shorter ones are close to too much."""
 TWO_MISTAKES = 7
 """Letters from which a word may have two mistakes."""
+LIKENESS, OTHER_FIRST_LETTER = 0.7, 0.8
+"""Least share of equal letters in order (difflib's ratio) of two words, and of two with different first letters: "usb"
+is not taken for *bus*, nor "pikachu" for *spinach*."""
 LONGEST = 30
 """Letters of a word; longer ones, which would take milliseconds each, are close to nothing."""
 
@@ -67,7 +70,10 @@ class Spellings:
         def unlikeness(name: str) -> tuple[bool, float]:
             return name[0] != word[0], -SequenceMatcher(None, word, name).ratio()
 
-        return sorted((name for name, letters in mistakes.items() if letters == fewest), key=unlikeness)[:count]
+        close = (name for name, letters in mistakes.items() if letters == fewest)
+        least = {False: LIKENESS, True: OTHER_FIRST_LETTER}
+        ranked = sorted((unlikeness(name), name) for name in close)
+        return [name for (other_first, ratio), name in ranked if -ratio >= least[other_first]][:count]
 
 
 def _most_mistakes(word: str) -> int:

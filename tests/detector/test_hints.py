@@ -52,10 +52,11 @@ def test_hints__misspelt_word_is_asked_about() -> None:
     ("typed", "meant"),
     [("bycicle", "bicycle"), ("umbrela", "umbrella"), ("chiar", "chair"), ("dogg", "dog"), ("poeple", "people"),
      ("Golden_Retreiver", "golden retriever"), ("red bycicle", "bicycle"), ("sissors", "scissors"),
-     ("blorple", None), ("bicycle" * 15, None), ("dining", None), ("a", None), ("", None)],
+     ("blorple", None), ("bicycle" * 15, None), ("dining", None), ("usb", None), ("pikachu", None),
+     ("a", None), ("", None)],
 )  # fmt: skip
 def test_words__misspelt_name_is_recognised(typed: str, meant: str | None) -> None:
-    names = ("bicycle", "umbrella", "chair", "dog", "golden retriever", "scissors", "dining table")
+    names = ("bicycle", "umbrella", "chair", "dog", "golden retriever", "scissors", "dining table", "bus", "spinach")
     found = WordList(words=names, lexicon=read_lexicon()).misspelt(typed)
     assert meant in found if meant else found == []
 
