@@ -268,7 +268,7 @@ class Detector:
             UserError: examples, but no image encoder.
         """
         for key, scorer in self._scorers:  # many pictures get the same query
-            if key is query:
+            if query.has_scores_of(key):
                 return scorer
         words = self.text.embed(query.words)
         scorer = QueryScorer(

@@ -53,6 +53,11 @@ class Query:
         mixed = (f"Given as a word and as an example, the better score counts: {', '.join(both[:5])}",) if both else ()
         return self.words.notices + mixed
 
+    def has_scores_of(self, other: Query) -> bool:
+        """Whether another query's scores are this one's: the same words. Queries with examples have their own."""
+        same_words = self.prompt_free is other.prompt_free and self.words == other.words
+        return self is other or (same_words and not self.examples and not other.examples)
+
     @property
     def hash(self) -> str:
         """16 hex digits over words, names and crops; the vocabulary's own hash where there are no examples."""

@@ -91,6 +91,15 @@ def test_cache__new_words_do_not_run_the_network() -> None:
     assert detector.model.runs == 2
 
 
+def test_scorer__same_words_typed_again_reuse_it() -> None:
+    """As for a folder of pictures and one list of strings."""
+    detector = make_detector()
+    scorer = detector.scorer(detector.query("red: crimson, blue"))
+    assert detector.scorer(detector.query(["red: crimson", "blue"])) is scorer
+    for other in ("red, blue", "blue, red: crimson", "red: crimson, -blue"):
+        assert detector.scorer(detector.query(other)) is not scorer
+
+
 def test_cache__is_bounded() -> None:
     detector = make_detector(cache_size=1)
     first, second = picture(), picture([("green", 1, 1, 60, 60)])
