@@ -94,9 +94,9 @@ def test_cache__new_words_do_not_run_the_network() -> None:
 def test_scorer__same_words_typed_again_reuse_it() -> None:
     """As for a folder of pictures and one list of strings."""
     detector = make_detector()
-    scorer = detector.scorer(detector.query("red: crimson, blue"))
+    scorer = detector.scorer(detector.query("red: crimson; blue"))
     assert detector.scorer(detector.query(["red: crimson", "blue"])) is scorer
-    for other in ("red, blue", "blue, red: crimson", "red: crimson, -blue"):
+    for other in ("red, blue", "blue; red: crimson", "red: crimson; -blue"):
         assert detector.scorer(detector.query(other)) is not scorer
 
 
