@@ -36,16 +36,22 @@ class HeadOutputs(NamedTuple):
     bias: Tensor
 
 
-def _hidden_layers(inputs: int, hidden: int, *, dropout: float) -> nn.Sequential:
-    """Two, each with its dropout: (P, inputs) to (P, hidden)."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.GELU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, hidden),
-        nn.GELU(),
-        nn.Dropout(dropout),
-    )
+class HiddenLayers(nn.Sequential):
+    """Two, each with its dropout: (P, inputs) to (P, hidden), float32. Its weights may be of another precision."""
+
+    def __init__(self, inputs: int, hidden: int, *, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(inputs, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = super().forward(x.to(next(self.parameters()).dtype))
+        return hidden.float()
 
 
 class FrozenFeatureHead(nn.Module):
@@ -64,7 +70,7 @@ class FrozenFeatureHead(nn.Module):
         super().__init__()
         self.words = words
         self.norm = nn.BatchNorm1d(features + words, affine=False)
-        self.layers = _hidden_layers(features + words, hidden, dropout=dropout)
+        self.layers = HiddenLayers(features + words, hidden, dropout=dropout)
         self.projection = nn.Linear(hidden, embed_dim)
         self.bias = nn.Linear(hidden, 1)
         nn.init.zeros_(self.bias.weight)
@@ -101,7 +107,7 @@ class ImageHead(nn.Module):
     def __init__(self, *, features: int, hidden: int, embed_dim: int, dropout: float) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(features, affine=False)
-        self.layers = _hidden_layers(features, hidden, dropout=dropout)
+        self.layers = HiddenLayers(features, hidden, dropout=dropout)
         self.projection = nn.Linear(hidden, embed_dim)
         nn.init.zeros_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)

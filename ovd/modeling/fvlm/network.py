@@ -174,8 +174,8 @@ def load_fvlm(
         card: its card.
         encoder: its encoder.
         device: where it runs.
-        precision: of proposal network and image tower, weights too: bfloat16 rounds the stored half precision, float32
-            holds it exactly.
+        precision: of proposal network, image tower and hidden layers of the heads, weights too: bfloat16 rounds the
+            stored half precision, float32 holds it exactly.
         fold: fold the image tower's and ConSE's batch norms into their convolutions: faster; not for an export, which
             names the stored weights.
 
@@ -193,6 +193,9 @@ def load_fvlm(
     detector = build_fvlm(config, proposer=proposer, encoder=encoder, conse=conse, precision=precision, fold=fold)
     state, background_words = exported_tensors(folder, card)
     load_exported(detector, state, folder)
+    for head in (detector.head, detector.image_head):
+        if head is not None:
+            head.layers.to(precision)
     detector.tower.to(device)
     if detector.quality is not None:
         load_quality(folder, detector.quality)
