@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from asyncio import get_running_loop
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, unquote
@@ -36,6 +37,11 @@ _QUICK = re.compile(r"run/predict/?")  # what the page's own fields do without w
 _CLOSED = re.compile(
     r"(proxy=|file=https?:|stream/|deep_link|dev/|vibe|run-history|run/|api/|component_server|process_recording|mcp)"
 )
+
+
+LATE_FRAGMENTS = 5.0
+"""Seconds after which fragments of a lost upload are looked for again: Gradio's thread may create its file after the
+request has ended."""
 
 
 class PageGate(Gate):
@@ -176,6 +182,8 @@ class PageGate(Gate):
                 raise _storage_refusal(problem) from problem
         finally:
             self._uploads.release(size, whole=body.complete)
+            if not body.complete:
+                get_running_loop().call_later(LATE_FRAGMENTS, self._uploads.remove_fragments)
         if body.refused is not None:
             raise body.refused
 

@@ -56,11 +56,16 @@ class Uploads:
         return True
 
     def release(self, size: int, *, whole: bool = True) -> None:
-        """End a reservation. Fragments of uploads that were not whole are removed once no request is under way."""
+        """End a reservation. An upload that was not whole leaves fragments."""
         self._reserved -= size
         self._requests -= 1
-        self._has_fragments |= not whole
-        if self._has_fragments and not self._requests:
+        if self._has_fragments or not whole:
+            self.remove_fragments()
+
+    def remove_fragments(self) -> None:
+        """Remove fragments of uploads that were not whole, now or once no request is under way."""
+        self._has_fragments = True
+        if not self._requests:
             self._has_fragments = False
             for file in self.folder.iterdir():  # whole uploads lie in folders of their own
                 if file.is_file() and not file.is_symlink():

@@ -62,6 +62,20 @@ def test_uploads__leave_half_of_the_free_disk(tmp_path: Path, monkeypatch: pytes
     assert uploads.reserve(400) and not uploads.reserve(400)
 
 
+def test_uploads__late_fragments_are_removed_once_no_request_is_under_way(tmp_path: Path) -> None:
+    """A thread may create the file of a lost upload after its request has ended."""
+    uploads, whole = Uploads(tmp_path), put(tmp_path, "whole", 100, 1)
+    assert uploads.reserve(100)
+    uploads.release(100, whole=False)
+    fragment = tmp_path / "tmp1"
+    fragment.write_bytes(b"x")
+    assert uploads.reserve(100)  # another request, whose fragment this may be
+    uploads.remove_fragments()
+    assert fragment.exists()
+    uploads.release(100)
+    assert not fragment.exists() and whole.exists()
+
+
 def test_uploads__only_files_inside_the_folder(tmp_path: Path) -> None:
     inside = tmp_path / "uploads"
     inside.mkdir()
