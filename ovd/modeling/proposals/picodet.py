@@ -244,10 +244,15 @@ class PicoHead(nn.Module):
 
 def geometric_mean(one: Tensor, other: Tensor) -> Tensor:
     """The logit of √(σ(one)·σ(other)), in single precision."""
-    # The mean's inverse is √(1 + exp(-one)) · √(1 + exp(-other)), kept above 1, where the logit is infinite. Logits are
-    # kept above -80, before exp overflows.
-    one, other = ((1 + logit.float().clamp_min(-80).neg().exp()).sqrt() for logit in (one, other))
-    return -torch.log((one * other - 1).clamp_min(1e-6))
+    # The mean's inverse is √(1 + exp(-one)) · √(1 + exp(-other)), kept above 1, where the logit is infinite.
+    inverse = _root_of_inverse(one) * _root_of_inverse(other)
+    return -torch.log((inverse - 1).clamp(1e-6, 3e38))
+
+
+def _root_of_inverse(logit: Tensor) -> Tensor:
+    """√(1 / σ(logit)) in single precision, which holds the root of exp(90) and not exp(90)."""
+    root = (logit.float().clamp_min(-170) / -2).exp()
+    return torch.maximum(root, (1 + root.clamp_max(1e18) ** 2).sqrt())
 
 
 class PicoDet(nn.Module):
