@@ -69,12 +69,12 @@ class Split:
         object.__setattr__(self, "novel", self._checked("novel", self.novel))
         object.__setattr__(self, "names", dict(self.names))
         if both := sorted(set(self.base) & set(self.novel)):
-            listed = _some(f"{i} ({self.names.get(i, '?')})" for i in both)
+            listed = some_of(f"{i} ({self.names.get(i, '?')})" for i in both)
             raise UserError(f"split {self.name!r}: in base and in novel: {listed}. Leave each category in one group.")
         if not self.base and not self.novel:
             raise UserError(f"split {self.name!r}: base and novel are both empty, so there is nothing to average.")
         if nameless := [i for i in self.ids if i not in self.names]:
-            raise UserError(f"split {self.name!r}: no name for category id {_some(map(str, nameless))}.")
+            raise UserError(f"split {self.name!r}: no name for category id {some_of(map(str, nameless))}.")
         index_of: dict[str, int] = {}
         for i in self.ids:
             if (first := index_of.setdefault(self.names[i], i)) != i:
@@ -87,7 +87,7 @@ class Split:
                 raise UserError(f"split {self.name!r}: {group} holds {i!r}, which is not a whole number.")
         if len(set(ids)) != len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1})
-            raise UserError(f"split {self.name!r}: {group} lists {_some(map(str, twice))} more than once.")
+            raise UserError(f"split {self.name!r}: {group} lists {some_of(map(str, twice))} more than once.")
         return tuple(sorted(ids))
 
     @property
@@ -122,11 +122,11 @@ class Split:
                 typically).
         """
         if missing := [i for i in self.ids if i not in categories]:
-            listed = _some(f"{i} ({self.names[i]})" for i in missing)
+            listed = some_of(f"{i} ({self.names[i]})" for i in missing)
             raise UserError(f"split {self.name!r} names categories that {where} does not define: {listed}.")
         other = [i for i in self.ids if _same(categories[i]) != _same(self.names[i])]
         if other:
-            listed = _some(f"{i} is {self.names[i]!r} in the split but {categories[i]!r} there" for i in other)
+            listed = some_of(f"{i} is {self.names[i]!r} in the split but {categories[i]!r} there" for i in other)
             raise UserError(f"split {self.name!r} does not fit {where}: {listed}. Were the ids renumbered?")
 
     def to_dict(self) -> dict[str, object]:
@@ -169,7 +169,9 @@ class Split:
             if not isinstance(content.get(key), list):
                 raise UserError(f"{where}: {key!r} must be a list of category ids or names.")
         if unknown := sorted(set(content) - {"name", "base", "novel", "names", "hash"}):
-            raise UserError(f"{where}: unknown key {_some(map(repr, unknown))}; known: name, base, novel, names, hash.")
+            raise UserError(
+                f"{where}: unknown key {some_of(map(repr, unknown))}; known: name, base, novel, names, hash."
+            )
         names = dict(categories or {})
         named = content.get("names", {})
         if not isinstance(named, dict) or not all(_is_id(k) and isinstance(v, str) for k, v in named.items()):
@@ -252,7 +254,8 @@ def _is_id(text: str) -> bool:
     return text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()
 
 
-def _some(items: Iterable[str]) -> str:
+def some_of(items: Iterable[str]) -> str:
+    """The first five items, and how many more there are."""
     items = list(items)
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 

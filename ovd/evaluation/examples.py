@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ovd.data.splits import some_of
 from ovd.detector import Detector
 from ovd.evaluation.predictor import Predictor, PretextPredictor
 from ovd.examples import MIN_SIDE, Crop, Example
@@ -100,10 +101,9 @@ def coco_crops(
             crops[category].append(Crop(pixels, box))
     few = [repr(names[i]) for i, crops_of in crops.items() if len(crops_of) < count]
     if few:
-        listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         raise UserError(
-            f"--examples {count}: too few pictures have boxes of {MIN_SIDE} pixels of {listed}; ask for fewer, or name "
-            "the other categories in a file for --split"
+            f"--examples {count}: too few pictures have boxes of {MIN_SIDE} pixels of {some_of(few)}; ask for fewer, "
+            "or name the other categories in a file for --split"
         )
     images = [entry for entry in gt["images"] if entry["id"] not in used]
     if not images:
