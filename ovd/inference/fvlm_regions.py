@@ -177,17 +177,16 @@ class FvlmRegionModel(RegionModel):
         """See `RegionModel.kind_of`.
 
         Kinds of a word that the proposal network knows (*beagle* of *dog*, *woman* of *person*) are left out: the image
-        embedding is too often wrong about them in scenes. So are kinds of a fine-tuned class: its labels said what is
-        which.
+        embedding is too often wrong about them in scenes. So are kinds of a fine-tuned class: its labels decide.
         """
         same_or_below_CC = self.training_words.among(phrases)
         kind_of_CC = same_or_below_CC.T & ~same_or_below_CC
-        for number, group in enumerate(phrases):
-            if any(self.proposal_words.is_one(phrase) for phrase in group):
-                kind_of_CC[:, number] = False
-            elif self.finetuned is not None and any(self.finetuned.has(phrase) for phrase in group):
-                kind_of_CC[:, number] = False
+        kind_of_CC[:, [any(map(self._is_detected, group)) for group in phrases]] = False
         return kind_of_CC
+
+    def _is_detected(self, phrase: str) -> bool:
+        """Whether the proposal network or a fine-tuned branch learned boxes of just this."""
+        return self.proposal_words.is_one(phrase) or (self.finetuned is not None and self.finetuned.has(phrase))
 
     def prompt_free_words(self) -> PromptFreeWords:
         """The proposal network's words, and the training's nouns that are not hypernyms of them; one for each meaning.

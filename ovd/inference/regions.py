@@ -104,8 +104,9 @@ class Regions:
             kept = postprocess(
                 self.regions.boxes, candidates, nms_iou=nms_iou, cross_class_iou=cross_class_iou, limit=limit
             )
-            kept = replace(kept, score=shown.score_RS[kept.region, kept.class_id])
-            kept = replace(kept, class_id=shown.classes[kept.class_id])[np.argsort(-kept.score, kind="stable")]
+            score_K = shown.score_RS[kept.region, kept.class_id]  # of the name shown, which may be a narrower one
+            kept = replace(kept, score=score_K, class_id=shown.classes[kept.class_id])
+            kept = kept[np.argsort(-score_K, kind="stable")]
         else:  # such queries have no negatives
             scores = query.prompt_free.rescored(scorer(self.regions).score_RC)
             shown = Shown.of(scores, threshold=threshold)

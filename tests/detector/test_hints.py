@@ -44,8 +44,8 @@ def test_hints__unknown_word_gets_the_nearest_known_words() -> None:
 
 
 def test_hints__misspelt_word_is_asked_about() -> None:
-    said = unknown_word("bycicle", ["cicada"], misspelt=["bicycle"], english=True)
-    assert said == "'bycicle' is not a word these weights were trained on; did you mean bicycle?"
+    hint = unknown_word("bycicle", ["cicada"], misspelt=["bicycle"], english=True)
+    assert hint == "'bycicle' is not a word these weights were trained on; did you mean bicycle?"
 
 
 @pytest.mark.parametrize(
